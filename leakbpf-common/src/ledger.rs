@@ -1,0 +1,410 @@
+//! The accounting rules: what an allocator call does to the set of outstanding blocks.
+//!
+//! The same code runs in BPF, over maps, and in tests, over a `HashMap`. docs/accounting.md gives
+//! the reasons; in short:
+//! - only the outermost allocator call of a thread counts;
+//! - a free takes the block out before the allocator has it back, an allocation puts it in after
+//!   the allocator has given it away, so that no other thread can be confused with this one;
+//! - `realloc` takes the old block aside and puts it back when the call failed;
+//! - a call that never returned (`longjmp`, an exception) is recognised by its stack pointer.
+
+use crate::abi::{
+    Block, BlockKey, Cookie, Loss, MAX_IN_FLIGHT, Owner, Role, SizeRule, StackId, Tally,
+};
+
+/// Two calls whose stack pointers are nearer than this are on the same stack, the lower one
+/// called by the higher one. Allocators' own frames stay far below it.
+pub const NESTING_BYTES: u64 = 256 << 10;
+
+/// A call in flight whose stack pointer lies at most this far *below* the current one, was left
+/// without a return: the stack has unwound past it. The usual limit of a thread's stack.
+pub const UNWOUND_BYTES: u64 = 8 << 20;
+
+/// Where the books are kept.
+pub trait Books {
+    /// Puts a block in. When one is recorded at this address, it replaces that one and returns it.
+    fn put(&mut self, key: &BlockKey, block: &Block) -> Put;
+    /// Puts a block in unless one is recorded at this address.
+    fn put_new(&mut self, key: &BlockKey, block: &Block) -> Result<(), NotPut>;
+    /// Takes a block out.
+    fn take(&mut self, key: &BlockKey) -> Option<Block>;
+    /// Adds an allocation to its site.
+    fn allocated(&mut self, owner: Owner, stack: StackId, size_bytes: u64);
+    /// Adds a release to the site that had allocated.
+    fn freed(&mut self, owner: Owner, stack: StackId, size_bytes: u64);
+    fn lost(&mut self, loss: Loss);
+    fn tally(&mut self, tally: Tally);
+    /// Reads a word of the current process's memory.
+    fn read_word(&mut self, address: u64) -> Option<u64>;
+}
+
+/// Result of [`Books::put`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Put {
+    New,
+    Replaced(Block),
+    /// No room; nothing is recorded at the address now.
+    Full,
+}
+
+/// Why [`Books::put_new`] did not put a block in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NotPut {
+    Occupied,
+    Full,
+}
+
+/// One allocator call that has begun and not returned.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct InFlight {
+    /// At the function's entry, pointing to the return address.
+    pub stack_pointer: u64,
+    /// What the program asks for, in bytes.
+    pub size_bytes: u64,
+    /// What it would take on top (`xallocx`).
+    pub extra_bytes: u64,
+    /// The old block, or where the result will be written.
+    pub pointer: u64,
+    /// [`Cookie`], packed.
+    pub cookie: u64,
+    /// Where it returns to; 0 when a return probe has taken that place.
+    pub return_address: u64,
+    pub owner: Owner,
+    /// The block taken aside; meaningful when `aside` is 1.
+    pub old: Block,
+    pub aside: u64,
+}
+
+/// A thread's calls in flight; the value of the thread map.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ThreadState {
+    /// How many of `calls` are in use.
+    pub depth: u64,
+    pub calls: [InFlight; MAX_IN_FLIGHT],
+}
+
+const _: () = assert!(size_of::<InFlight>() == 88);
+const _: () = assert!(size_of::<ThreadState>() == 8 + 88 * MAX_IN_FLIGHT);
+const _: () = assert!(MAX_IN_FLIGHT.is_power_of_two());
+
+/// An all-zero state is a thread with nothing in flight.
+impl Default for ThreadState {
+    fn default() -> Self {
+        Self { depth: 0, calls: [InFlight::default(); MAX_IN_FLIGHT] }
+    }
+}
+
+/// The operands of a call, as read at its site.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Call {
+    pub owner: Owner,
+    pub cookie: Cookie,
+    /// At the function's entry.
+    pub stack_pointer: u64,
+    pub size: u64,
+    pub second_size: u64,
+    pub pointer: u64,
+}
+
+/// A block that a call has just made; the caller captures its stack and passes both to [`born`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Birth {
+    pub owner: Owner,
+    pub address: u64,
+    pub size_bytes: u64,
+}
+
+impl ThreadState {
+    /// The slot of the innermost call, in a form that the BPF verifier can bound.
+    #[inline(always)]
+    fn innermost(&self) -> usize {
+        (self.depth.wrapping_sub(1) as usize) & (MAX_IN_FLIGHT - 1)
+    }
+
+    /// Whether a call at `stack_pointer` is made by the allocator itself. Drops the calls that
+    /// were left without a return.
+    ///
+    /// A call at the stack pointer of another one is made by a jump: the callee inherits the
+    /// caller's return address (glibc's `realloc(NULL, n)` ends so in `malloc`).
+    #[inline(always)]
+    pub fn nested(&mut self, books: &mut impl Books, stack_pointer: u64) -> bool {
+        let mut turn = 0;
+        while turn < MAX_IN_FLIGHT && self.depth != 0 {
+            turn += 1;
+            let top = self.calls[self.innermost()];
+            if stack_pointer <= top.stack_pointer {
+                if top.stack_pointer - stack_pointer >= NESTING_BYTES {
+                    return false;
+                }
+                // Functions whose end is probed in place are never jumped to by one another: the
+                // same return address at the same place is the same caller, calling again.
+                let again = stack_pointer == top.stack_pointer && top.return_address != 0;
+                if !again && returns_to_probe(books, &top) {
+                    return true;
+                }
+            } else if stack_pointer - top.stack_pointer >= UNWOUND_BYTES {
+                return false;
+            }
+            self.abandon(books);
+        }
+        false
+    }
+
+    /// Forgets the innermost call: it will not return. A block that it held aside is still the
+    /// program's.
+    #[inline(always)]
+    fn abandon(&mut self, books: &mut impl Books) {
+        let call = self.calls[self.innermost()];
+        self.depth -= 1;
+        put_back(books, &call);
+        books.tally(Tally::AbandonedCalls);
+    }
+
+    /// The thread is gone, and with it whatever it had in flight.
+    #[inline(always)]
+    pub fn end(&mut self, books: &mut impl Books) {
+        let mut turn = 0;
+        while turn < MAX_IN_FLIGHT && self.depth != 0 {
+            turn += 1;
+            self.abandon(books);
+        }
+    }
+}
+
+/// Whether the call will still return to where a probe waits: the stack may have been unwound past it (`longjmp`) and
+/// grown again, and then its return address has been written over.
+///
+/// A return probe replaces the return address by that of a trampoline, the first byte of a page of
+/// its own (kernel/events/uprobes.c, `uprobe_get_trampoline_vaddr`, `__create_xol_area`).
+#[inline(always)]
+fn returns_to_probe(books: &mut impl Books, call: &InFlight) -> bool {
+    match books.read_word(call.stack_pointer) {
+        Some(0) | None => false,
+        Some(address) if call.return_address != 0 => address == call.return_address,
+        Some(address) => address & 0xfff == 0,
+    }
+}
+
+#[inline(always)]
+fn put_back(books: &mut impl Books, call: &InFlight) {
+    if call.aside != 0 {
+        let key = BlockKey { owner: call.owner, address: call.pointer };
+        let loss = match books.put_new(&key, &call.old) {
+            Ok(()) => return,
+            // Another thread has released it while it was aside, and its address is in use again.
+            Err(NotPut::Occupied) => Loss::FreesMissed,
+            Err(NotPut::Full) => Loss::BlocksFull,
+        };
+        books.lost(loss);
+        books.freed(call.owner, call.old.stack, call.old.size_bytes);
+    }
+}
+
+/// An allocation, reallocation or resize begins.
+#[inline(always)]
+pub fn enter(thread: &mut ThreadState, books: &mut impl Books, call: &Call) {
+    if thread.nested(books, call.stack_pointer) {
+        return;
+    }
+    if thread.depth >= MAX_IN_FLIGHT as u64 {
+        books.lost(Loss::InFlightFull);
+        thread.abandon(books);
+    }
+    let (size_bytes, fits) = match call.cookie.size_rule {
+        SizeRule::First => (call.size, true),
+        SizeRule::Product => overflowing_product(call.size, call.second_size),
+        SizeRule::Sum => (call.size, true),
+    };
+    let return_address = if call.cookie.returns_unprobed {
+        books.read_word(call.stack_pointer).unwrap_or(0)
+    } else {
+        0
+    };
+    let mut old = Block::default();
+    let mut aside = 0;
+    let replaces = matches!(call.cookie.role, Role::Reallocate | Role::ResizeInPlace);
+    if replaces && call.pointer != 0 && fits {
+        let key = BlockKey { owner: call.owner, address: call.pointer };
+        match books.take(&key) {
+            Some(block) => {
+                old = block;
+                aside = 1;
+            }
+            None => books.tally(Tally::UnknownFrees),
+        }
+    }
+    thread.depth += 1;
+    let slot = thread.innermost();
+    let entry = &mut thread.calls[slot];
+    entry.stack_pointer = call.stack_pointer;
+    entry.size_bytes = size_bytes;
+    entry.extra_bytes = match call.cookie.size_rule {
+        SizeRule::Sum => call.second_size,
+        SizeRule::First | SizeRule::Product => 0,
+    };
+    entry.pointer = call.pointer;
+    entry.cookie = call.cookie.pack();
+    entry.return_address = return_address;
+    entry.owner = call.owner;
+    entry.old = old;
+    entry.aside = aside;
+}
+
+/// A product and whether it fits, in 64-bit steps: BPF has no wider multiplication.
+#[inline(always)]
+fn overflowing_product(first: u64, second: u64) -> (u64, bool) {
+    let (first_high, first_low) = (first >> 32, first & 0xffff_ffff);
+    let (second_high, second_low) = (second >> 32, second & 0xffff_ffff);
+    if first_high != 0 && second_high != 0 {
+        return (0, false);
+    }
+    let cross = first_high * second_low + second_high * first_low;
+    let low = first_low * second_low;
+    let product = low.wrapping_add(cross << 32);
+    (product, cross >> 32 == 0 && product >= low)
+}
+
+/// A call returns `result`; `stack_pointer` is that of its entry. The block that it made, if any,
+/// goes to [`born`] once its stack is known.
+#[inline(always)]
+pub fn leave(
+    thread: &mut ThreadState,
+    books: &mut impl Books,
+    owner: Owner,
+    stack_pointer: u64,
+    result: u64,
+) -> Option<Birth> {
+    let mut turn = 0;
+    while turn < MAX_IN_FLIGHT && thread.depth != 0 {
+        turn += 1;
+        let call = thread.calls[thread.innermost()];
+        if call.stack_pointer == stack_pointer && call.owner == owner {
+            thread.depth -= 1;
+            return settle(books, &call, result);
+        }
+        // A call that is still running lies above; only what lies below was left behind.
+        if call.stack_pointer > stack_pointer || stack_pointer - call.stack_pointer >= UNWOUND_BYTES
+        {
+            return None;
+        }
+        thread.abandon(books);
+    }
+    None
+}
+
+#[inline(always)]
+fn settle(books: &mut impl Books, call: &InFlight, result: u64) -> Option<Birth> {
+    let cookie = Cookie::unpack(call.cookie)?;
+    let birth = |address| Some(Birth { owner: call.owner, address, size_bytes: call.size_bytes });
+    match cookie.role {
+        Role::Allocate => {
+            if result == 0 {
+                return None;
+            }
+            birth(result)
+        }
+        Role::AllocateOut => {
+            // posix_memalign(3) returns an int; the upper half of the register is undefined.
+            if result as u32 != 0 {
+                return None;
+            }
+            match books.read_word(call.pointer) {
+                Some(0) => None,
+                Some(address) => birth(address),
+                None => {
+                    books.lost(Loss::ResultsUnreadable);
+                    None
+                }
+            }
+        }
+        Role::Reallocate => {
+            let released = result != 0 || call.size_bytes == 0 || cookie.frees_on_failure;
+            if released {
+                if call.aside != 0 {
+                    books.freed(call.owner, call.old.stack, call.old.size_bytes);
+                }
+            } else {
+                put_back(books, call);
+            }
+            if result == 0 { None } else { birth(result) }
+        }
+        Role::ResizeInPlace => {
+            if call.aside == 0 {
+                return None;
+            }
+            if result >= call.size_bytes {
+                // The result counts the allocator's rounding, too.
+                let size_bytes = result.min(call.size_bytes.saturating_add(call.extra_bytes));
+                books.freed(call.owner, call.old.stack, call.old.size_bytes);
+                books.allocated(call.owner, call.old.stack, size_bytes);
+                let resized = InFlight { old: Block { size_bytes, ..call.old }, ..*call };
+                put_back(books, &resized);
+            } else {
+                put_back(books, call);
+            }
+            None
+        }
+        Role::Free => None,
+    }
+}
+
+/// A block exists from now on.
+#[inline(always)]
+pub fn born(books: &mut impl Books, birth: &Birth, stack: StackId, now_ns: u64) {
+    let key = BlockKey { owner: birth.owner, address: birth.address };
+    let block = Block { size_bytes: birth.size_bytes, born_ns: now_ns, stack };
+    match books.put(&key, &block) {
+        Put::New => {}
+        Put::Replaced(ghost) => {
+            books.lost(Loss::FreesMissed);
+            books.freed(birth.owner, ghost.stack, ghost.size_bytes);
+        }
+        // What is not in the books is not in the counters either: they must agree.
+        Put::Full => {
+            books.lost(Loss::BlocksFull);
+            return;
+        }
+    }
+    books.allocated(birth.owner, stack, birth.size_bytes);
+}
+
+/// A block is about to be released. `thread` is absent when the thread never allocated.
+#[inline(always)]
+pub fn free(thread: Option<&mut ThreadState>, books: &mut impl Books, call: &Call) {
+    if call.pointer == 0 {
+        return;
+    }
+    if let Some(thread) = thread
+        && thread.depth != 0
+        && thread.nested(books, call.stack_pointer)
+    {
+        return;
+    }
+    let key = BlockKey { owner: call.owner, address: call.pointer };
+    match books.take(&key) {
+        Some(block) => books.freed(call.owner, block.stack, block.size_bytes),
+        None => books.tally(Tally::UnknownFrees),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_product_is_exact_or_known_not_to_fit() {
+        let samples =
+            [0, 1, 3, 0xffff, 0xffff_ffff, 1 << 32, (1 << 32) + 5, 1 << 63, u64::MAX / 3, u64::MAX];
+        for first in samples {
+            for second in samples {
+                let (product, fits) = overflowing_product(first, second);
+                assert_eq!(fits, first.checked_mul(second).is_some(), "{first} * {second}");
+                if fits {
+                    assert_eq!(Some(product), first.checked_mul(second));
+                }
+            }
+        }
+    }
+}

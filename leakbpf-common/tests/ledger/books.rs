@@ -1,0 +1,110 @@
+//! The books of a test: a `HashMap` with a limit.
+
+use std::collections::{BTreeMap, HashMap};
+
+use leakbpf_common::{
+    abi::{Block, BlockKey, Loss, Owner, SiteKey, StackId, Tally},
+    ledger::{Books, NotPut, Put},
+};
+
+/// What went through a site.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Site {
+    pub allocated: (u64, u64),
+    pub freed: (u64, u64),
+}
+
+#[derive(Debug, Default)]
+pub struct HostBooks {
+    pub blocks: HashMap<BlockKey, Block>,
+    pub capacity: usize,
+    pub sites: BTreeMap<SiteKey, Site>,
+    pub losses: BTreeMap<Loss, u64>,
+    pub tallies: BTreeMap<Tally, u64>,
+    /// Words of the program's memory; others cannot be read.
+    pub memory: HashMap<u64, u64>,
+}
+
+impl HostBooks {
+    pub fn new(capacity: usize) -> Self {
+        Self { capacity, ..Self::default() }
+    }
+
+    pub fn loss(&self, loss: Loss) -> u64 {
+        self.losses.get(&loss).copied().unwrap_or_default()
+    }
+
+    pub fn count(&self, tally: Tally) -> u64 {
+        self.tallies.get(&tally).copied().unwrap_or_default()
+    }
+
+    /// Bytes and count that the counters of the sites call live.
+    pub fn live(&self) -> BTreeMap<SiteKey, (u64, u64)> {
+        let live = |site: &Site| {
+            let [bytes, count] =
+                [(site.allocated.0, site.freed.0), (site.allocated.1, site.freed.1)].map(
+                    |(allocated, freed)| {
+                        assert!(freed <= allocated, "more was freed than allocated: {site:?}");
+                        allocated - freed
+                    },
+                );
+            (bytes, count)
+        };
+        let sites = self.sites.iter().map(|(&key, site)| (key, live(site)));
+        sites.filter(|&(_, live)| live != (0, 0)).collect()
+    }
+
+    fn site(&mut self, owner: Owner, stack: StackId) -> &mut Site {
+        self.sites.entry(SiteKey { owner, stack }).or_default()
+    }
+}
+
+impl Books for HostBooks {
+    fn put(&mut self, key: &BlockKey, block: &Block) -> Put {
+        if !self.blocks.contains_key(key) && self.blocks.len() >= self.capacity {
+            return Put::Full;
+        }
+        match self.blocks.insert(*key, *block) {
+            Some(replaced) => Put::Replaced(replaced),
+            None => Put::New,
+        }
+    }
+
+    fn put_new(&mut self, key: &BlockKey, block: &Block) -> Result<(), NotPut> {
+        if self.blocks.contains_key(key) {
+            return Err(NotPut::Occupied);
+        }
+        match self.put(key, block) {
+            Put::Full => Err(NotPut::Full),
+            Put::New | Put::Replaced(_) => Ok(()),
+        }
+    }
+
+    fn take(&mut self, key: &BlockKey) -> Option<Block> {
+        self.blocks.remove(key)
+    }
+
+    fn allocated(&mut self, owner: Owner, stack: StackId, size_bytes: u64) {
+        let (bytes, count) = &mut self.site(owner, stack).allocated;
+        *bytes += size_bytes;
+        *count += 1;
+    }
+
+    fn freed(&mut self, owner: Owner, stack: StackId, size_bytes: u64) {
+        let (bytes, count) = &mut self.site(owner, stack).freed;
+        *bytes += size_bytes;
+        *count += 1;
+    }
+
+    fn lost(&mut self, loss: Loss) {
+        *self.losses.entry(loss).or_default() += 1;
+    }
+
+    fn tally(&mut self, tally: Tally) {
+        *self.tallies.entry(tally).or_default() += 1;
+    }
+
+    fn read_word(&mut self, address: u64) -> Option<u64> {
+        self.memory.get(&address).copied()
+    }
+}
