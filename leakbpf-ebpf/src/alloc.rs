@@ -1,0 +1,231 @@
+//! Uprobes on allocator functions. What a function does and where its operands are is in the
+//! attach cookie, so three programs serve every allocator.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{BPF_NOEXIST, pt_regs},
+    helpers::{
+        bpf_get_attach_cookie, bpf_get_current_pid_tgid, bpf_ktime_get_ns, bpf_probe_read_kernel,
+        bpf_probe_read_user,
+    },
+    macros::{uprobe, uretprobe},
+    programs::{ProbeContext, RetProbeContext},
+};
+use leakbpf_common::{
+    abi::{Cookie, Loss, RegisterSlot, Tally},
+    ledger::{self, Call, ThreadState},
+    unwind::Registers,
+};
+
+use crate::{
+    books::KernelBooks,
+    maps::{self, THREADS},
+    processes, stack,
+};
+
+/// A thread with nothing in flight. In read-only data: it would fill half of a BPF stack.
+static IDLE: ThreadState = ThreadState {
+    depth: 0,
+    calls: [leakbpf_common::ledger::InFlight {
+        stack_pointer: 0,
+        size_bytes: 0,
+        extra_bytes: 0,
+        pointer: 0,
+        cookie: 0,
+        return_address: 0,
+        owner: leakbpf_common::abi::Owner(0),
+        old: leakbpf_common::abi::Block {
+            size_bytes: 0,
+            born_ns: 0,
+            stack: leakbpf_common::abi::StackId(0),
+        },
+        aside: 0,
+    }; leakbpf_common::abi::MAX_IN_FLIGHT],
+};
+
+/// An allocation, reallocation or resize begins.
+#[uprobe]
+pub fn alloc_enter(ctx: ProbeContext) -> u32 {
+    let _ = begin(&ctx);
+    0
+}
+
+/// A block is about to be released.
+#[uprobe]
+pub fn free_enter(ctx: ProbeContext) -> u32 {
+    let _ = release(&ctx);
+    0
+}
+
+/// An allocation, reallocation or resize returns.
+#[uretprobe]
+pub fn alloc_leave(ctx: RetProbeContext) -> u32 {
+    let _ = finish(&ctx);
+    0
+}
+
+/// At a function's own return instruction, where a return probe would stand in an exception's way:
+/// the unwinder meets the kernel's trampoline instead of the caller.
+#[uprobe]
+pub fn alloc_exit(ctx: ProbeContext) -> u32 {
+    let _ = finish_in_place(&ctx);
+    0
+}
+
+/// Does nothing: what a probe costs by itself.
+#[uprobe]
+pub fn empty_enter(_ctx: ProbeContext) -> u32 {
+    0
+}
+
+/// Does nothing: what a return probe costs by itself.
+#[uretprobe]
+pub fn empty_leave(_ctx: RetProbeContext) -> u32 {
+    0
+}
+
+#[inline(always)]
+fn register(regs: *const pt_regs, slot: RegisterSlot) -> u64 {
+    // The usual argument registers directly; the context can't be read at a variable offset.
+    // SAFETY: `regs` is the program's context.
+    unsafe {
+        match slot.0 {
+            14 => (*regs).rdi,
+            13 => (*regs).rsi,
+            12 => (*regs).rdx,
+            0..14 => {
+                bpf_probe_read_kernel(regs.cast::<u64>().add(usize::from(slot.0))).unwrap_or(0)
+            }
+            _ => 0,
+        }
+    }
+}
+
+#[inline(always)]
+fn thread_state(pid_tgid: u64) -> Option<&'static mut ThreadState> {
+    let state = match THREADS.get_ptr_mut(pid_tgid) {
+        Some(state) => state,
+        None => {
+            let _ = THREADS.insert(pid_tgid, &IDLE, BPF_NOEXIST as u64);
+            match THREADS.get_ptr_mut(pid_tgid) {
+                Some(state) => state,
+                None => {
+                    maps::lost(Loss::ThreadsFull);
+                    return None;
+                }
+            }
+        }
+    };
+    // SAFETY: only the thread itself writes its state.
+    Some(unsafe { &mut *state })
+}
+
+#[inline(always)]
+fn call(ctx: &ProbeContext, cookie: Cookie, owner: leakbpf_common::abi::Owner) -> Call {
+    let regs = ctx.regs;
+    Call {
+        owner,
+        cookie,
+        // SAFETY: `regs` is the program's context.
+        stack_pointer: unsafe { (*regs).rsp } + u64::from(cookie.stack_distance),
+        size: register(regs, cookie.size),
+        second_size: register(regs, cookie.second_size),
+        pointer: register(regs, cookie.pointer),
+    }
+}
+
+#[inline(always)]
+fn begin(ctx: &ProbeContext) -> Option<()> {
+    if !maps::enabled() {
+        return None;
+    }
+    let pid_tgid = bpf_get_current_pid_tgid();
+    let process = processes::watched((pid_tgid >> 32) as u32)?;
+    maps::tally(Tally::Hits);
+    // SAFETY: the context is a uprobe's.
+    let cookie = Cookie::unpack(unsafe { bpf_get_attach_cookie(ctx.as_ptr()) })?;
+    let call = call(ctx, cookie, process.owner);
+    let thread = thread_state(pid_tgid)?;
+    ledger::enter(thread, &mut KernelBooks, &call);
+    Some(())
+}
+
+#[inline(always)]
+fn release(ctx: &ProbeContext) -> Option<()> {
+    if !maps::enabled() {
+        return None;
+    }
+    let pid_tgid = bpf_get_current_pid_tgid();
+    let process = processes::watched((pid_tgid >> 32) as u32)?;
+    maps::tally(Tally::Hits);
+    // SAFETY: the context is a uprobe's.
+    let cookie = Cookie::unpack(unsafe { bpf_get_attach_cookie(ctx.as_ptr()) })?;
+    let call = call(ctx, cookie, process.owner);
+    let thread = THREADS.get_ptr_mut(pid_tgid);
+    // SAFETY: only the thread itself writes its state.
+    let thread = thread.map(|state| unsafe { &mut *state });
+    ledger::free(thread, &mut KernelBooks, &call);
+    Some(())
+}
+
+/// How a call ended.
+struct Return {
+    result: u64,
+    /// At the function's entry.
+    stack_pointer: u64,
+    /// Of the caller.
+    registers: Registers,
+}
+
+#[inline(always)]
+fn finish(ctx: &RetProbeContext) -> Option<()> {
+    settle(|| {
+        // SAFETY: the context is the program's. The return has popped the return address.
+        let regs = unsafe { &*ctx.regs };
+        Some(Return {
+            result: regs.rax,
+            stack_pointer: regs.rsp.wrapping_sub(8),
+            registers: Registers { ip: regs.rip, sp: regs.rsp, bp: regs.rbp, after_call: 1 },
+        })
+    })
+}
+
+#[inline(always)]
+fn finish_in_place(ctx: &ProbeContext) -> Option<()> {
+    settle(|| {
+        // SAFETY: the context is the program's.
+        let regs = unsafe { &*ctx.regs };
+        Some(Return {
+            result: regs.rax,
+            stack_pointer: regs.rsp,
+            registers: Registers {
+                // SAFETY: the helper checks the address and fails on what it cannot read.
+                ip: unsafe { bpf_probe_read_user(regs.rsp as *const u64) }.ok()?,
+                sp: regs.rsp.wrapping_add(8),
+                bp: regs.rbp,
+                after_call: 1,
+            },
+        })
+    })
+}
+
+#[inline(always)]
+fn settle(ended: impl FnOnce() -> Option<Return>) -> Option<()> {
+    if !maps::enabled() {
+        return None;
+    }
+    let pid_tgid = bpf_get_current_pid_tgid();
+    let thread = THREADS.get_ptr_mut(pid_tgid)?;
+    // SAFETY: only the thread itself writes its state.
+    let thread = unsafe { &mut *thread };
+    if thread.depth == 0 {
+        return None;
+    }
+    let process = processes::watched((pid_tgid >> 32) as u32)?;
+    let Return { result, stack_pointer, registers } = ended()?;
+    let birth = ledger::leave(thread, &mut KernelBooks, process.owner, stack_pointer, result)?;
+    let stack = stack::capture(process.owner, process.library_epoch, &registers);
+    // SAFETY: the helper has no preconditions.
+    ledger::born(&mut KernelBooks, &birth, stack, unsafe { bpf_ktime_get_ns() });
+    Some(())
+}

@@ -1,0 +1,113 @@
+//! [`Books`] over the BPF maps.
+
+use core::intrinsics::AtomicOrdering;
+
+use aya_ebpf::{
+    bindings::{BPF_ANY, BPF_NOEXIST},
+    helpers::bpf_probe_read_user,
+};
+use leakbpf_common::{
+    abi::{Block, BlockKey, Loss, Owner, SiteCounters, SiteKey, StackId, Tally},
+    ledger::{Books, NotPut, Put},
+};
+
+use crate::maps::{self, BLOCKS, SITES};
+
+pub struct KernelBooks;
+
+/// Adds to a counter that other CPUs add to as well.
+#[inline(always)]
+fn add(counter: *mut u64, value: u64) {
+    // SAFETY: the callers pass fields of live map values, which are 8-byte aligned.
+    unsafe {
+        core::intrinsics::atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, value);
+    }
+}
+
+const EEXIST: i32 = -17;
+
+impl Books for KernelBooks {
+    #[inline(always)]
+    fn put(&mut self, key: &BlockKey, block: &Block) -> Put {
+        match self.put_new(key, block) {
+            Ok(()) => Put::New,
+            Err(NotPut::Occupied) => {
+                let ghost = self.take(key);
+                let put = BLOCKS.insert(key, block, BPF_ANY as u64);
+                match (put, ghost) {
+                    (Ok(()), Some(ghost)) => Put::Replaced(ghost),
+                    (Ok(()), None) => Put::New,
+                    (Err(_), ghost) => {
+                        // Another CPU was quicker to take the room that the ghost left.
+                        if let Some(ghost) = ghost {
+                            self.freed(key.owner, ghost.stack, ghost.size_bytes);
+                        }
+                        Put::Full
+                    }
+                }
+            }
+            Err(NotPut::Full) => Put::Full,
+        }
+    }
+
+    #[inline(always)]
+    fn put_new(&mut self, key: &BlockKey, block: &Block) -> Result<(), NotPut> {
+        match BLOCKS.insert(key, block, BPF_NOEXIST as u64) {
+            Ok(()) => Ok(()),
+            Err(EEXIST) => Err(NotPut::Occupied),
+            Err(_) => Err(NotPut::Full),
+        }
+    }
+
+    #[inline(always)]
+    fn take(&mut self, key: &BlockKey) -> Option<Block> {
+        // SAFETY: without preallocation the element is not reused before this program ends.
+        let block = unsafe { *BLOCKS.get(key)? };
+        // Whoever deletes it has taken it; the loser of a race between two frees has nothing.
+        BLOCKS.remove(key).ok()?;
+        Some(block)
+    }
+
+    #[inline(always)]
+    fn allocated(&mut self, owner: Owner, stack: StackId, size_bytes: u64) {
+        let key = SiteKey { owner, stack };
+        if SITES.get_ptr_mut(key).is_none() {
+            // Only the site of a lost stack is not made by the capture.
+            let _ = SITES.insert(key, SiteCounters::default(), BPF_NOEXIST as u64);
+        }
+        if let Some(site) = SITES.get_ptr_mut(key) {
+            // SAFETY: field addresses of a live map value.
+            unsafe {
+                add(&raw mut (*site).allocated_bytes, size_bytes);
+                add(&raw mut (*site).allocated_count, 1);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn freed(&mut self, owner: Owner, stack: StackId, size_bytes: u64) {
+        if let Some(site) = SITES.get_ptr_mut(SiteKey { owner, stack }) {
+            // SAFETY: field addresses of a live map value.
+            unsafe {
+                add(&raw mut (*site).freed_bytes, size_bytes);
+                add(&raw mut (*site).freed_count, 1);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn lost(&mut self, loss: Loss) {
+        maps::lost(loss);
+    }
+
+    #[inline(always)]
+    fn tally(&mut self, tally: Tally) {
+        maps::tally(tally);
+    }
+
+    #[inline(always)]
+    fn read_word(&mut self, address: u64) -> Option<u64> {
+        // SAFETY: the helper checks the address and fails on what it cannot read.
+        unsafe { bpf_probe_read_user(address as *const u64) }.ok()
+    }
+}

@@ -1,0 +1,28 @@
+//! leakbpf's kernel side: it decides and accounts; the agent names, judges and renders.
+//!
+//! - [`alloc`]: uprobes on allocator functions
+//! - [`mappings`]: anonymous mappings, from the system calls themselves
+//! - [`processes`]: fork, exec and the end of threads
+//! - [`stack`]: who called
+//! - [`books`]: the accounting rules of `leakbpf_common::ledger` over BPF maps
+#![no_std]
+#![feature(core_intrinsics)]
+#![allow(internal_features)]
+#![no_main]
+
+mod alloc;
+mod books;
+mod mappings;
+mod maps;
+mod processes;
+mod stack;
+
+#[cfg(not(test))]
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo) -> ! {
+    loop {}
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

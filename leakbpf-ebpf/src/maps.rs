@@ -1,0 +1,171 @@
+//! Every map, and the settings that the agent writes before loading.
+
+use aya_ebpf::{
+    bindings::BPF_F_NO_PREALLOC,
+    btf_maps::{Array as BtfArray, ArrayOfMaps},
+    macros::{btf_map, map},
+    maps::{Array, HashMap, PerCpuArray, RingBuf},
+};
+use leakbpf_common::{
+    abi::{
+        Block, BlockKey, COUNTERS, Control, Loss, Owner, ProcessState, SiteCounters, SiteKey,
+        StackRecord, Tally,
+    },
+    ledger::ThreadState,
+    table::{AddressSpace, Block as TableBlock, SPACES_MAX, TABLES_MAX},
+    unwind::{Registers, Rule},
+};
+
+/// Outstanding blocks. The agent sets the limit; memory is taken as blocks come.
+#[map]
+pub static BLOCKS: HashMap<BlockKey, Block> = HashMap::with_max_entries(1 << 21, BPF_F_NO_PREALLOC);
+
+#[map]
+pub static SITES: HashMap<SiteKey, SiteCounters> =
+    HashMap::with_max_entries(1 << 18, BPF_F_NO_PREALLOC);
+
+/// Keyed by `pid_tgid`.
+#[map]
+pub static THREADS: HashMap<u64, ThreadState> =
+    HashMap::with_max_entries(1 << 17, BPF_F_NO_PREALLOC);
+
+/// Watched processes, keyed by process id.
+#[map]
+pub static PROCESSES: HashMap<u32, ProcessState> =
+    HashMap::with_max_entries(1 << 16, BPF_F_NO_PREALLOC);
+
+#[map]
+pub static CONTROL: Array<Control> = Array::with_max_entries(1, 0);
+
+/// Indexed by [`Loss`] and [`Tally`].
+#[map]
+pub static COUNTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(COUNTERS, 0);
+
+#[map]
+pub static RECORDS: RingBuf = RingBuf::with_byte_size(4 << 20, 0);
+
+/// Room for one stack. A probe can be preempted by another on the same CPU (`preempt=full`), so
+/// a slot is claimed before it is written.
+#[repr(C)]
+pub struct Scratch {
+    pub busy: u64,
+    pub record: StackRecord,
+    pub walk: Walk,
+}
+
+/// Of the stack that is copied at once; deeper words are read one by one.
+pub const WINDOW_BYTES: u64 = 1024;
+pub const WINDOW_WORDS: usize = WINDOW_BYTES as usize / 8;
+
+/// State of a stack walk.
+#[repr(C)]
+pub struct Walk {
+    pub registers: Registers,
+    pub hash: u64,
+    /// Frames in the record.
+    pub count: u64,
+    /// [`Outcome`](leakbpf_common::abi::Outcome).
+    pub outcome: u64,
+    /// An address in no known mapping, or 0.
+    pub unmapped: u64,
+    /// Position of the last frame's mapping.
+    pub mapping: u64,
+    pub stack: StackWindow,
+    pub rules: [CachedRule; CACHED_RULES],
+}
+
+/// A part of the stack.
+#[repr(C)]
+pub struct StackWindow {
+    pub start: u64,
+    /// How much was copied.
+    pub bytes: u64,
+    /// Not 0 when it has served more than one frame.
+    pub served: u64,
+    pub words: [u64; WINDOW_WORDS],
+}
+
+/// A rule that was looked up before.
+#[repr(C)]
+pub struct CachedRule {
+    /// Serial number of the table and position in its code; 0 for none.
+    pub key: u64,
+    pub rule: Rule,
+}
+
+pub const CACHED_RULES: usize = 256;
+
+/// Slots of each CPU: nobody was ever seen preempted four deep.
+pub const SCRATCH_SLOTS: u32 = 4;
+
+#[map]
+pub static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(SCRATCH_SLOTS, 0);
+
+/// Executable mappings of the watched processes.
+#[map]
+pub static SPACES: HashMap<Owner, AddressSpace> =
+    HashMap::with_max_entries(SPACES_MAX, BPF_F_NO_PREALLOC);
+
+/// Inner arrays may have different lengths (include/uapi/linux/bpf.h).
+const BPF_F_INNER_MAP: usize = 1 << 12;
+
+/// The modules' unwind tables, each an array of its own that the agent makes and drops.
+#[btf_map]
+pub static TABLES: ArrayOfMaps<BtfArray<TableBlock, 1, BPF_F_INNER_MAP>, TABLES_MAX> =
+    ArrayOfMaps::new();
+
+/// Settings: read-only data that the agent fills in before the programs are loaded.
+pub mod settings {
+    /// Follow children made by `fork`.
+    #[unsafe(no_mangle)]
+    pub static FOLLOW_FORKS: u32 = 0;
+    /// Watch every process that hits a probe.
+    #[unsafe(no_mangle)]
+    pub static WATCH_ALL: u32 = 0;
+    /// The agent's own process id: never watched.
+    #[unsafe(no_mangle)]
+    pub static AGENT_TGID: u32 = 0;
+    /// Walk stacks with unwind rows: needs `bpf_loop` (Linux 5.17).
+    #[unsafe(no_mangle)]
+    pub static UNWIND_ROWS: u32 = 0;
+    /// Byte offset of `pid` in the record of `task:task_newtask`.
+    #[unsafe(no_mangle)]
+    pub static NEWTASK_PID_OFFSET: u32 = 8;
+    /// Byte offset of `clone_flags` in the record of `task:task_newtask`.
+    #[unsafe(no_mangle)]
+    pub static NEWTASK_FLAGS_OFFSET: u32 = 32;
+
+    /// Reads a setting; volatile, because the agent changes what the compiler sees as a constant.
+    #[inline(always)]
+    pub fn get(setting: &'static u32) -> u32 {
+        // SAFETY: a reference to a static is valid for reads.
+        unsafe { core::ptr::read_volatile(setting) }
+    }
+}
+
+#[inline(always)]
+pub fn count(index: u32) {
+    if let Some(counter) = COUNTS.get_ptr_mut(index) {
+        // SAFETY: the pointer is to this CPU's own slot of a live array map.
+        unsafe { *counter += 1 }
+    }
+}
+
+#[inline(always)]
+pub fn lost(loss: Loss) {
+    count(loss as u32);
+}
+
+#[inline(always)]
+pub fn tally(tally: Tally) {
+    count(tally as u32);
+}
+
+/// Whether the session counts at this moment.
+#[inline(always)]
+pub fn enabled() -> bool {
+    match CONTROL.get(0) {
+        Some(control) => control.enabled != 0,
+        None => false,
+    }
+}

@@ -1,0 +1,54 @@
+//! The walk along the chain of frame pointers: where the kernel lacks `bpf_loop`, and for processes
+//! whose mappings are not known.
+
+use aya_ebpf::helpers::bpf_probe_read_user;
+use leakbpf_common::{
+    abi::{MAX_FRAMES, Outcome},
+    unwind::{FRAME_POINTER_REACH_BYTES, Registers},
+};
+
+use super::mix;
+use crate::maps::Scratch;
+
+/// Leaves frames, their number, hash and outcome where [`super::rows::walk`] does.
+#[inline(always)]
+pub fn walk(registers: &Registers, hash: u64, scratch: &mut Scratch) {
+    let record = &mut scratch.record;
+    let mut outcome = Outcome::Truncated;
+    record.frames[0] = registers.ip;
+    let mut hash = mix(hash, registers.ip);
+    let mut count = 1;
+    let mut frame_pointer = registers.bp;
+    let mut lowest = registers.sp;
+    while count < MAX_FRAMES {
+        if frame_pointer == 0 {
+            outcome = Outcome::Complete;
+            break;
+        }
+        if frame_pointer & 7 != 0
+            || frame_pointer < lowest
+            || frame_pointer - lowest > FRAME_POINTER_REACH_BYTES
+        {
+            outcome = Outcome::NoFramePointer;
+            break;
+        }
+        // SAFETY: the helper checks the address and fails on what it cannot read.
+        let Ok(pair) = (unsafe { bpf_probe_read_user(frame_pointer as *const [u64; 2]) }) else {
+            outcome = Outcome::Unreadable;
+            break;
+        };
+        if pair[1] == 0 {
+            outcome = Outcome::Complete;
+            break;
+        }
+        record.frames[count] = pair[1];
+        hash = mix(hash, pair[1]);
+        count += 1;
+        lowest = frame_pointer + 16;
+        frame_pointer = pair[0];
+    }
+    let walk = &mut scratch.walk;
+    walk.hash = hash;
+    walk.count = count as u64;
+    walk.outcome = outcome as u64;
+}

@@ -1,0 +1,178 @@
+//! The walk with unwind rows: for code without frame pointers.
+
+use core::ffi::c_void;
+
+use aya_ebpf::helpers::{bpf_loop, bpf_probe_read_user, bpf_probe_read_user_buf};
+use leakbpf_common::{
+    abi::{INTERRUPTED, MAX_FRAMES, Outcome},
+    table::{self, AddressSpace, BLOCK_WORDS, PackedPage, RULE_WORDS, TABLES_MAX, no_table},
+    unwind::{self, Registers, Rule, Step},
+};
+
+use super::mix;
+use crate::maps::{CACHED_RULES, Scratch, StackWindow, TABLES, WINDOW_BYTES, WINDOW_WORDS};
+
+/// A frame's saved registers and return address lie so close to each other.
+const FRAME_HEAD_BYTES: u64 = 64;
+
+/// What one step needs. It lies on the BPF stack; what it changes lies in map memory, where the
+/// verifier does not follow every value that it can have.
+struct Context<'a> {
+    scratch: &'a mut Scratch,
+    space: &'a AddressSpace,
+}
+
+/// Walks from `registers` to the thread's first frame. The frames and their number are in the
+/// record, hash and outcome in the walk's state.
+#[inline(always)]
+pub fn walk(space: &AddressSpace, registers: &Registers, hash: u64, scratch: &mut Scratch) {
+    let walk = &mut scratch.walk;
+    walk.registers = *registers;
+    walk.hash = hash;
+    walk.count = 0;
+    walk.outcome = Outcome::Truncated as u64;
+    walk.unmapped = 0;
+    walk.mapping = 0;
+    walk.stack.copy(registers.sp, WINDOW_BYTES);
+    let mut context = Context { scratch, space };
+    // SAFETY: the callback has the type that the helper calls, and its context outlives the call.
+    unsafe {
+        bpf_loop(MAX_FRAMES as u32, frame as *mut c_void, (&raw mut context).cast(), 0);
+    }
+}
+
+/// One frame. Returns 1 when it was the last.
+unsafe extern "C" fn frame(_index: u32, context: *mut c_void) -> i64 {
+    // SAFETY: `walk` passes its context.
+    let context = unsafe { &mut *context.cast::<Context<'_>>() };
+    match advance(context.scratch, context.space) {
+        None => 0,
+        Some(outcome) => {
+            context.scratch.walk.outcome = outcome as u64;
+            1
+        }
+    }
+}
+
+/// Records the current frame and goes on to its caller; the outcome when there is none.
+#[inline(always)]
+fn advance(scratch: &mut Scratch, space: &AddressSpace) -> Option<Outcome> {
+    let walk = &mut scratch.walk;
+    let address = walk.registers.lookup_ip();
+    let mut rule = &Rule::FRAME_POINTER;
+    match space.find(address, walk.mapping as u32) {
+        Some(position) => {
+            walk.mapping = u64::from(position);
+            let mapping = &space.mappings[position as usize & (table::MAPPINGS_MAX - 1)];
+            if mapping.table == no_table::TRAMPOLINE {
+                return Some(Outcome::Trampoline);
+            }
+            if mapping.table != no_table::FRAME_POINTERS {
+                let inside = address.wrapping_sub(mapping.start_avma) as u32;
+                let pc = mapping.offset_bytes.wrapping_add(inside);
+                let key = u64::from(mapping.table) << 32 | u64::from(pc);
+                let slot = mix(0, key) as usize & (CACHED_RULES - 1);
+                let cached = &mut walk.rules[slot];
+                if cached.key != key {
+                    match find_rule(mapping.table, pc) {
+                        Some(found) => {
+                            cached.rule = *found;
+                            cached.key = key;
+                        }
+                        None => return Some(Outcome::NoRow),
+                    }
+                }
+                rule = &cached.rule;
+            }
+        }
+        None => walk.unmapped = address,
+    }
+    let index = walk.count as usize;
+    if index < MAX_FRAMES {
+        let interrupted = (walk.registers.after_call ^ 1) << INTERRUPTED.trailing_zeros();
+        scratch.record.frames[index] = walk.registers.ip | interrupted;
+    }
+    walk.count += 1;
+    walk.hash = mix(walk.hash, walk.registers.ip);
+
+    let stack = &mut walk.stack;
+    let read = |address: u64| stack.read(address);
+    match unwind::step(rule, &walk.registers, read) {
+        Step::Frame(caller) => {
+            walk.registers = caller;
+            None
+        }
+        Step::End => Some(Outcome::Complete),
+        Step::Stop(outcome) => Some(outcome),
+    }
+}
+
+impl StackWindow {
+    /// Moves the window to `start`: all of it, or only as much as the head of a frame needs.
+    #[inline(always)]
+    fn copy(&mut self, start: u64, bytes: u64) -> bool {
+        self.start = start;
+        self.bytes = bytes;
+        self.served = 0;
+        // SAFETY: `bytes` is no more than the words have; the helper checks the address.
+        let copied = unsafe {
+            let words = (&raw mut self.words).cast::<u8>();
+            let words = core::slice::from_raw_parts_mut(words, bytes as usize);
+            bpf_probe_read_user_buf(start as *const u8, words)
+        };
+        if copied.is_err() {
+            self.bytes = 0;
+        }
+        copied.is_ok()
+    }
+
+    /// A word of the stack.
+    #[inline(always)]
+    fn read(&mut self, address: u64) -> Option<u64> {
+        let offset = address.wrapping_sub(self.start);
+        if offset < self.bytes && offset & 7 == 0 {
+            self.served += offset / FRAME_HEAD_BYTES;
+            return Some(self.words[(offset >> 3) as usize & (WINDOW_WORDS - 1)]);
+        }
+        if self.move_to(address) != 0 { Some(self.words[0]) } else { None }
+    }
+
+    /// Puts the word at `address` first. Where frames are large, a whole window would cost more
+    /// than it saves: the last one served one frame. Returns 0 when the word can't be read.
+    #[inline(never)]
+    fn move_to(&mut self, address: u64) -> u64 {
+        let offset = address.wrapping_sub(self.start);
+        let dense = match self.bytes {
+            WINDOW_BYTES => self.served != 0,
+            _ => offset < WINDOW_BYTES / 2,
+        };
+        if dense && self.copy(address, WINDOW_BYTES) || self.copy(address, FRAME_HEAD_BYTES) {
+            return 1;
+        }
+        // SAFETY: the helper checks the address and fails on what it cannot read.
+        match unsafe { bpf_probe_read_user(address as *const u64) } {
+            Ok(word) => {
+                self.words[0] = word;
+                1
+            }
+            Err(_) => 0,
+        }
+    }
+}
+
+/// The rule that holds at `pc` of a module's table.
+#[inline(always)]
+fn find_rule(table: u32, pc: u32) -> Option<&'static Rule> {
+    const MASK: usize = BLOCK_WORDS - 1;
+    let table = TABLES.get(table % TABLES_MAX as u32)?;
+    let position = table::page_position(pc) as usize;
+    let block = table.get((position / BLOCK_WORDS) as u32)?;
+    let page = PackedPage(block[position & MASK]);
+    let block = table.get(page.position() / BLOCK_WORDS as u32)?;
+    let rule = table::find_row(block, page, pc).rule() as usize * RULE_WORDS;
+    let block = table.get((rule / BLOCK_WORDS) as u32)?;
+    let word = rule & MASK & !(RULE_WORDS - 1);
+    // SAFETY: four words at a multiple of four words lie inside the block and are aligned as the
+    // rule, which is valid for every bit pattern; the element lives as long as this program runs.
+    Some(unsafe { &*(&raw const block[word]).cast::<Rule>() })
+}
