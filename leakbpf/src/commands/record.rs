@@ -1,0 +1,89 @@
+//! `leakbpf record`
+
+use anyhow::{Context as _, bail};
+use leakbpf::{
+    process::{Pid, select::Selector},
+    profile::BlockFilter,
+    report::Format,
+    session::{
+        self,
+        config::{Config, Output, StackMethod, Target},
+    },
+};
+
+use super::Failure;
+use crate::cli::{ModeArg, RecordArgs, StackArg};
+
+pub fn run(args: RecordArgs) -> Result<u8, Failure> {
+    let config = config(args)?;
+    run_session(&config)
+}
+
+/// Runs a session on this thread.
+pub fn run_session(config: &Config) -> Result<u8, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    let local = tokio::task::LocalSet::new();
+    Ok(local.block_on(&runtime, session::run(config))?)
+}
+
+fn config(args: RecordArgs) -> anyhow::Result<Config> {
+    let ModeArg::Exact = args.mode;
+    let output = args.output.map(|path| match Format::from_path(&path) {
+        Some(format) => Output::Report(format, path),
+        None => Output::Recording(path),
+    });
+    Ok(Config {
+        target: target(args.pids, args.name, args.cgroup, args.all, args.command)?,
+        duration: args.duration,
+        output,
+        filter: BlockFilter {
+            min_age_ns: u64::try_from(args.min_age.as_nanos()).unwrap_or(u64::MAX),
+            min_size_bytes: args.min_size,
+        },
+        interval: args.interval,
+        top: args.top,
+        sort: args.sort.into(),
+        blocks: args.blocks,
+        follow_forks: !args.no_follow,
+        max_blocks: args.max_blocks,
+        stack: match args.stack {
+            StackArg::Auto => StackMethod::Auto,
+            StackArg::Dwarf => StackMethod::Rows,
+            StackArg::Fp => StackMethod::FramePointers,
+        },
+        quiet: args.quiet,
+    })
+}
+
+fn target(
+    pids: Vec<u32>,
+    name: Option<String>,
+    cgroup: Option<std::path::PathBuf>,
+    all: bool,
+    command: Vec<std::ffi::OsString>,
+) -> anyhow::Result<Target> {
+    let ways = [!pids.is_empty(), name.is_some(), cgroup.is_some(), all, !command.is_empty()];
+    match ways.into_iter().filter(|&way| way).count() {
+        0 => {
+            bail!("whom to watch? give one of -p PID, --name REGEX, --cgroup PATH, --all or -- CMD")
+        }
+        1 => {}
+        _ => bail!("-p, --name, --cgroup, --all and -- CMD exclude each other: give one of them"),
+    }
+    let mut command = command.into_iter();
+    if let Some(program) = command.next() {
+        return Ok(Target::Program { program, arguments: command.collect() });
+    }
+    Ok(Target::Running(match (name, cgroup) {
+        (Some(name), _) => Selector::Name(
+            regex::bytes::Regex::new(&name)
+                .map_err(|_| anyhow::anyhow!("--name {name:?} is not a regular expression"))?,
+        ),
+        (None, Some(path)) => Selector::Cgroup(path),
+        (None, None) if all => Selector::All,
+        (None, None) => Selector::Pids(pids.into_iter().map(Pid).collect()),
+    }))
+}

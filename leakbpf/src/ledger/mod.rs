@@ -1,0 +1,4 @@
+//! The agent's side of the books. The blocks themselves are kept in the kernel by
+//! `leakbpf_common::ledger`; here are the anonymous mappings.
+
+pub mod ranges;

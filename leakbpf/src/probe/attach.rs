@@ -1,0 +1,137 @@
+//! One probe: a perf event on an instruction of a file, and a program linked to it.
+//!
+//! aya can do this too, but it loads a test program before each attach and takes kernels whose
+//! release it cannot parse for old ones.
+
+use std::{
+    ffi::CString,
+    io,
+    num::NonZeroU32,
+    os::{
+        fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
+    sync::OnceLock,
+};
+
+/// `struct perf_event_attr` as far as uprobes use it (`PERF_ATTR_SIZE_VER1`, 72 bytes).
+#[repr(C)]
+#[derive(Default)]
+struct PerfEventAttr {
+    kind: u32,
+    size: u32,
+    config: u64,
+    sample_period: u64,
+    sample_type: u64,
+    read_format: u64,
+    flags: u64,
+    wakeup_events: u32,
+    bp_type: u32,
+    uprobe_path: u64,
+    probe_offset: u64,
+}
+
+const _: () = assert!(size_of::<PerfEventAttr>() == 72);
+
+/// `union bpf_attr` for `BPF_LINK_CREATE` on a perf event.
+#[repr(C)]
+#[derive(Default)]
+struct LinkCreateArgs {
+    prog_fd: u32,
+    target_fd: u32,
+    attach_type: u32,
+    flags: u32,
+    bpf_cookie: u64,
+}
+
+const BPF_LINK_CREATE: libc::c_long = 28;
+const BPF_PERF_EVENT: u32 = 41;
+const PERF_FLAG_FD_CLOEXEC: libc::c_long = 8;
+
+/// A placed probe. The kernel takes the breakpoint away when the last descriptor of the link is
+/// closed, also when the agent is killed.
+#[derive(Debug)]
+pub struct Link {
+    _link: OwnedFd,
+}
+
+/// Number of the uprobe PMU.
+fn uprobe_type() -> io::Result<u32> {
+    static TYPE: OnceLock<u32> = OnceLock::new();
+    if let Some(known) = TYPE.get() {
+        return Ok(*known);
+    }
+    let text = std::fs::read_to_string("/sys/bus/event_source/devices/uprobe/type")?;
+    let number = text.trim().parse().map_err(io::Error::other)?;
+    Ok(*TYPE.get_or_init(|| number))
+}
+
+/// Places a probe at `file_offset` of `file`. With `at_return`, the program runs when the function
+/// returns, and `file_offset` is where its return address lies on top of the stack. Without `pid`,
+/// every process that maps the file gets the probe.
+pub fn attach(
+    program: BorrowedFd<'_>,
+    at_return: bool,
+    file: &Path,
+    file_offset: u64,
+    cookie: u64,
+    pid: Option<NonZeroU32>,
+) -> io::Result<Link> {
+    let path = CString::new(file.as_os_str().as_bytes())?;
+    let attr = PerfEventAttr {
+        kind: uprobe_type()?,
+        size: size_of::<PerfEventAttr>() as u32,
+        // Bit 0 is `retprobe` (/sys/bus/event_source/devices/uprobe/format/retprobe).
+        config: u64::from(at_return),
+        sample_period: 1,
+        wakeup_events: 1,
+        uprobe_path: path.as_ptr() as u64,
+        probe_offset: file_offset,
+        ..PerfEventAttr::default()
+    };
+    // A system-wide event belongs to one CPU, but its program runs on all.
+    let (pid, cpu) = match pid {
+        Some(pid) => (i64::from(pid.get()), -1),
+        None => (-1, 0),
+    };
+    // SAFETY: `attr` and the path that it points to live until the call returns.
+    let event = unsafe {
+        libc::syscall(
+            libc::SYS_perf_event_open,
+            std::ptr::from_ref(&attr),
+            pid,
+            cpu,
+            -1,
+            PERF_FLAG_FD_CLOEXEC,
+        )
+    };
+    let event = owned(event)?;
+    let mut args = LinkCreateArgs {
+        prog_fd: program.as_raw_fd() as u32,
+        target_fd: event.as_raw_fd() as u32,
+        attach_type: BPF_PERF_EVENT,
+        flags: 0,
+        bpf_cookie: cookie,
+    };
+    // SAFETY: `args` is the command's part of `union bpf_attr` and holds no pointers.
+    let link = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_LINK_CREATE,
+            std::ptr::from_mut(&mut args),
+            size_of::<LinkCreateArgs>(),
+        )
+    };
+    // The link keeps the event; its own descriptor is closed here, or the breakpoint would outlive
+    // the link.
+    Ok(Link { _link: owned(link)? })
+}
+
+fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor, and nobody else knows of it.
+    Ok(unsafe { OwnedFd::from_raw_fd(result as i32) })
+}

@@ -1,0 +1,359 @@
+//! The kernel side, loaded: programs, maps and links.
+
+use std::{io, num::NonZeroU32, os::fd::AsFd as _, path::Path};
+
+use aya::{
+    Btf, Ebpf, EbpfLoader, VerifierLogLevel, include_bytes_aligned,
+    maps::{Map, MapData, PerCpuArray, RingBuf},
+    programs::{FEntry, FExit, ProbeKind, TracePoint, UProbe},
+};
+use leakbpf_common::{
+    abi::{Block, BlockKey, Control, Loss, Outcome, ProcessState, SiteCounters, SiteKey, Tally},
+    ledger::ThreadState,
+};
+
+use super::{
+    attach::{Link, attach},
+    tables::Table,
+    unwind_maps::UnwindMaps,
+};
+
+static OBJECT: &[u8] = include_bytes_aligned!("../../bpf/leakbpf.bpf.o");
+
+/// What is fixed before the programs are loaded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    pub follow_forks: bool,
+    /// Watch every process that hits a probe.
+    pub watch_all: bool,
+    /// Walk stacks with unwind rows.
+    pub unwind_rows: bool,
+    /// Limit of the block map, in blocks.
+    pub max_blocks: u32,
+    /// Byte offsets of `pid` and `clone_flags` in the record of `task:task_newtask`.
+    pub newtask_pid_offset: u32,
+    pub newtask_flags_offset: u32,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    #[error("cannot load the kernel side: {0}")]
+    Load(String),
+    #[error("cannot load the program {program} into the kernel: {reason}")]
+    Program { program: &'static str, reason: String },
+    #[error("cannot attach {program} to {place}: {reason}")]
+    Attach { program: &'static str, place: String, reason: String },
+    #[error("cannot read the kernel side's map {map}")]
+    Map { map: &'static str, source: io::Error },
+}
+
+/// Which program runs at a probe.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Program {
+    AllocEnter,
+    AllocLeave,
+    /// Like `AllocLeave`, at a return instruction.
+    AllocExit,
+    FreeEnter,
+    LibrariesChanged,
+    EmptyEnter,
+    EmptyLeave,
+}
+
+impl Program {
+    const ALL: [Self; 7] = [
+        Self::AllocEnter,
+        Self::AllocLeave,
+        Self::AllocExit,
+        Self::FreeEnter,
+        Self::LibrariesChanged,
+        Self::EmptyEnter,
+        Self::EmptyLeave,
+    ];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::AllocEnter => "alloc_enter",
+            Self::AllocLeave => "alloc_leave",
+            Self::AllocExit => "alloc_exit",
+            Self::FreeEnter => "free_enter",
+            Self::LibrariesChanged => "libraries_changed",
+            Self::EmptyEnter => "empty_enter",
+            Self::EmptyLeave => "empty_leave",
+        }
+    }
+}
+
+/// Programs on the kernel's functions for mapping system calls: begins, then ends. Releases come
+/// first: what is seen to come must be seen to go.
+const MAPPING_BEGINS: [(&str, &str); 2] =
+    [("munmap_fentry", "__x64_sys_munmap"), ("mremap_fentry", "__x64_sys_mremap")];
+const MAPPING_ENDS: [(&str, &str); 4] = [
+    ("mremap_fexit", "__x64_sys_mremap"),
+    ("munmap_fexit", "__x64_sys_munmap"),
+    ("brk_fexit", "__x64_sys_brk"),
+    ("mmap_fexit", "__x64_sys_mmap"),
+];
+
+/// The same through tracepoints.
+const MAPPING_TRACEPOINTS: [(&str, &str, &str); 6] = [
+    ("munmap_entry", "syscalls", "sys_enter_munmap"),
+    ("mremap_entry", "syscalls", "sys_enter_mremap"),
+    ("mremap_exit", "syscalls", "sys_exit_mremap"),
+    ("munmap_exit", "syscalls", "sys_exit_munmap"),
+    ("brk_exit", "syscalls", "sys_exit_brk"),
+    ("mmap_exit", "syscalls", "sys_exit_mmap"),
+];
+
+const PROCESS_TRACEPOINTS: [(&str, &str, &str); 3] = [
+    ("thread_exit", "sched", "sched_process_exit"),
+    ("process_exec", "sched", "sched_process_exec"),
+    ("task_new", "task", "task_newtask"),
+];
+
+/// How anonymous mappings are seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MappingEvents {
+    /// On the kernel's functions (fentry, fexit).
+    Functions,
+    /// On the system calls' tracepoints: every system call of the machine takes the kernel's
+    /// slower path while the session runs.
+    Tracepoints,
+}
+
+/// Counters of the kernel side, summed over the CPUs.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub losses: [u64; Loss::ALL.len()],
+    pub hits: u64,
+    pub unknown_frees: u64,
+    pub abandoned_calls: u64,
+    /// Stacks walked, by [`Outcome`].
+    pub outcomes: [u64; Outcome::ALL.len()],
+}
+
+pub struct Kernel {
+    ebpf: Ebpf,
+    pub blocks: Table<BlockKey, Block>,
+    pub sites: Table<SiteKey, SiteCounters>,
+    pub threads: Table<u64, ThreadState>,
+    pub processes: Table<u32, ProcessState>,
+    pub unwind: UnwindMaps,
+    control: Table<u32, Control>,
+    counts: PerCpuArray<MapData, u64>,
+}
+
+fn load_error(error: impl std::error::Error) -> KernelError {
+    KernelError::Load(chain(&error))
+}
+
+/// An error with its causes on one line, without verifier logs.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = first_line(&error.to_string());
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = first_line(&cause.to_string());
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}
+
+fn first_line(text: &str) -> String {
+    text.lines().next().unwrap_or_default().to_owned()
+}
+
+impl Kernel {
+    /// Loads the maps and the programs; nothing is attached yet and nothing counts.
+    pub fn load(settings: &Settings) -> Result<Self, KernelError> {
+        let follow = u32::from(settings.follow_forks);
+        let all = u32::from(settings.watch_all);
+        let rows = u32::from(settings.unwind_rows);
+        let agent = std::process::id();
+        let mut loader = EbpfLoader::new();
+        loader
+            .btf(None)
+            .verifier_log_level(VerifierLogLevel::DISABLE)
+            .override_global("FOLLOW_FORKS", &follow, true)
+            .override_global("WATCH_ALL", &all, true)
+            .override_global("UNWIND_ROWS", &rows, true)
+            .override_global("AGENT_TGID", &agent, true)
+            .override_global("NEWTASK_PID_OFFSET", &settings.newtask_pid_offset, true)
+            .override_global("NEWTASK_FLAGS_OFFSET", &settings.newtask_flags_offset, true)
+            .map_max_entries("BLOCKS", settings.max_blocks);
+        let mut ebpf = loader.load(OBJECT).map_err(load_error)?;
+        let counts = PerCpuArray::try_from(take_map(&mut ebpf, "COUNTS")?).map_err(load_error)?;
+        let blocks = table(&mut ebpf, "BLOCKS")?;
+        let sites = table(&mut ebpf, "SITES")?;
+        let threads = table(&mut ebpf, "THREADS")?;
+        let processes = table(&mut ebpf, "PROCESSES")?;
+        let control = table(&mut ebpf, "CONTROL")?;
+        let tables = map_data(take_map(&mut ebpf, "TABLES")?, "TABLES")?;
+        let spaces = map_data(take_map(&mut ebpf, "SPACES")?, "SPACES")?;
+        let unwind = UnwindMaps::new(tables, spaces)
+            .map_err(|source| KernelError::Map { map: "TABLES", source })?;
+        let mut kernel = Self { ebpf, blocks, sites, threads, processes, unwind, control, counts };
+        for program in Program::ALL {
+            kernel.program::<UProbe>(program.name())?.load().map_err(|error| {
+                KernelError::Program { program: program.name(), reason: chain(&error) }
+            })?;
+        }
+        Ok(kernel)
+    }
+
+    /// The ring buffer; can be taken once.
+    pub fn take_records(&mut self) -> Result<RingBuf<MapData>, KernelError> {
+        RingBuf::try_from(take_map(&mut self.ebpf, "RECORDS")?).map_err(load_error)
+    }
+
+    fn program<'a, P>(&'a mut self, name: &'static str) -> Result<&'a mut P, KernelError>
+    where
+        &'a mut P: TryFrom<&'a mut aya::programs::Program>,
+    {
+        self.ebpf
+            .program_mut(name)
+            .and_then(|program| program.try_into().ok())
+            .ok_or_else(|| KernelError::Load(format!("the object has no program {name}")))
+    }
+
+    fn attach_tracepoint(
+        &mut self,
+        (program, category, event): (&'static str, &str, &str),
+    ) -> Result<(), KernelError> {
+        let tracepoint: &mut TracePoint = self.program(program)?;
+        tracepoint
+            .load()
+            .map_err(|error| KernelError::Program { program, reason: chain(&error) })?;
+        tracepoint.attach(category, event).map_err(|error| KernelError::Attach {
+            program,
+            place: format!("{category}:{event}"),
+            reason: chain(&error),
+        })?;
+        Ok(())
+    }
+
+    /// Attaches what tells of processes: fork, exec, exit.
+    pub fn attach_process_events(&mut self) -> Result<(), KernelError> {
+        PROCESS_TRACEPOINTS.into_iter().try_for_each(|event| self.attach_tracepoint(event))
+    }
+
+    /// Attaches what tells of anonymous mappings: to the kernel's functions where it allows that
+    /// (BTF, ftrace), which costs other system calls nothing, else to tracepoints.
+    pub fn attach_mapping_events(&mut self) -> Result<MappingEvents, KernelError> {
+        if self.attach_mapping_functions().is_ok() {
+            return Ok(MappingEvents::Functions);
+        }
+        MAPPING_TRACEPOINTS.into_iter().try_for_each(|event| self.attach_tracepoint(event))?;
+        Ok(MappingEvents::Tracepoints)
+    }
+
+    fn attach_mapping_functions(&mut self) -> Result<(), KernelError> {
+        let btf = Btf::from_sys_fs().map_err(load_error)?;
+        let failed = |program| {
+            move |error: aya::programs::ProgramError| KernelError::Program {
+                program,
+                reason: chain(&error),
+            }
+        };
+        // All are loaded before any is attached, so that a refusal leaves nothing behind.
+        for (program, function) in MAPPING_BEGINS {
+            self.program::<FEntry>(program)?.load(function, &btf).map_err(failed(program))?;
+        }
+        for (program, function) in MAPPING_ENDS {
+            self.program::<FExit>(program)?.load(function, &btf).map_err(failed(program))?;
+        }
+        for (program, _) in MAPPING_BEGINS {
+            self.program::<FEntry>(program)?.attach().map_err(failed(program))?;
+        }
+        for (program, _) in MAPPING_ENDS {
+            self.program::<FExit>(program)?.attach().map_err(failed(program))?;
+        }
+        Ok(())
+    }
+
+    /// Places a probe at a file offset. `pid` limits it to one process; without it, every process
+    /// that maps the file gets it.
+    pub fn place(
+        &mut self,
+        program: Program,
+        file: &Path,
+        file_offset: u64,
+        cookie: u64,
+        pid: Option<NonZeroU32>,
+    ) -> Result<Link, KernelError> {
+        let uprobe: &mut UProbe = self.program(program.name())?;
+        let failed = |reason: String| KernelError::Attach {
+            program: program.name(),
+            place: format!("{}+{file_offset:#x}", file.display()),
+            reason,
+        };
+        let at_return = matches!(uprobe.kind(), ProbeKind::Return);
+        let fd = uprobe.fd().map_err(|error| failed(chain(&error)))?;
+        attach(fd.as_fd(), at_return, file, file_offset, cookie, pid)
+            .map_err(|error| failed(error.to_string()))
+    }
+
+    /// Begins or stops counting. After stopping, no program is in the middle of anything.
+    pub fn enable(&self, on: bool) -> Result<(), KernelError> {
+        let control = Control { enabled: u64::from(on), reserved: 0 };
+        self.control
+            .set(&0, control)
+            .map_err(|source| KernelError::Map { map: "CONTROL", source })?;
+        if !on {
+            // membarrier(2), MEMBARRIER_CMD_GLOBAL: waits for an RCU grace period, and programs
+            // run inside RCU read sections.
+            // SAFETY: no pointers are passed.
+            let result = unsafe { libc::syscall(libc::SYS_membarrier, 1, 0, 0) };
+            if result < 0 {
+                // nohz_full kernels refuse; the programs take microseconds.
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+        }
+        Ok(())
+    }
+
+    pub fn counts(&self) -> Result<Counts, KernelError> {
+        let sum = |index: u32| -> Result<u64, KernelError> {
+            let values = self.counts.get(&index, 0).map_err(|error| KernelError::Map {
+                map: "COUNTS",
+                source: io::Error::other(error),
+            })?;
+            Ok(values.iter().sum())
+        };
+        let mut counts = Counts {
+            hits: sum(Tally::Hits as u32)?,
+            unknown_frees: sum(Tally::UnknownFrees as u32)?,
+            abandoned_calls: sum(Tally::AbandonedCalls as u32)?,
+            ..Counts::default()
+        };
+        for (slot, loss) in counts.losses.iter_mut().zip(Loss::ALL) {
+            *slot = sum(loss as u32)?;
+        }
+        for (slot, outcome) in counts.outcomes.iter_mut().zip(Outcome::ALL) {
+            *slot = sum(outcome.counter())?;
+        }
+        Ok(counts)
+    }
+}
+
+fn take_map(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, KernelError> {
+    ebpf.take_map(name).ok_or_else(|| KernelError::Load(format!("the object has no map {name}")))
+}
+
+fn map_data(map: Map, name: &'static str) -> Result<MapData, KernelError> {
+    match map {
+        Map::HashMap(data) | Map::Array(data) | Map::ArrayOfMaps(data) => Ok(data),
+        _ => Err(KernelError::Load(format!("the map {name} is of another kind"))),
+    }
+}
+
+fn table<K: super::tables::Wire, V: super::tables::Wire>(
+    ebpf: &mut Ebpf,
+    name: &'static str,
+) -> Result<Table<K, V>, KernelError> {
+    let data = map_data(take_map(ebpf, name)?, name)?;
+    Table::new(data).map_err(|source| KernelError::Map { map: name, source })
+}

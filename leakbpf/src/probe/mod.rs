@@ -1,0 +1,10 @@
+//! Placing probes: which functions, at which instructions, and the kernel objects behind them.
+
+pub mod attach;
+pub mod discover;
+pub mod functions;
+pub mod kernel;
+pub mod planner;
+pub mod records;
+pub mod tables;
+pub mod unwind_maps;

@@ -1,0 +1,357 @@
+//! What a session found, as plain data: the input of every report.
+//!
+//! A [`Profile`] is one snapshot (the final one, unless asked otherwise) of everything that was
+//! recorded. Reports are pure functions of it; a recording is its stored form.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+#[cfg(test)]
+pub(crate) mod samples;
+
+/// How the numbers were obtained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Every block is counted.
+    Exact,
+}
+
+impl Mode {
+    pub const ALL: [Self; 1] = [Self::Exact];
+
+    /// As recordings and reports write it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Exact => "exact",
+        }
+    }
+}
+
+/// What kind of memory a site holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum SiteKind {
+    /// Blocks handed out by an allocator (`malloc`, `operator new`, …).
+    Heap,
+    /// Anonymous mappings that the program made itself (`mmap`, `brk`).
+    Mapping,
+    /// Stacks of threads (`mmap` with `MAP_STACK`).
+    ThreadStack,
+    /// Anonymous memory that an allocator fetched from the kernel to serve [`SiteKind::Heap`].
+    /// Never added to the totals: its use is already counted there, block by block.
+    AllocatorMapping,
+}
+
+impl SiteKind {
+    pub const ALL: [Self; 4] =
+        [Self::Heap, Self::Mapping, Self::ThreadStack, Self::AllocatorMapping];
+
+    /// As recordings and reports write it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Heap => "heap",
+            Self::Mapping => "mapping",
+            Self::ThreadStack => "thread_stack",
+            Self::AllocatorMapping => "allocator_mapping",
+        }
+    }
+
+    /// Memory that the program asked for. The rest is how its allocator gets it from the kernel,
+    /// which would be counted twice.
+    pub const fn belongs_to_totals(self) -> bool {
+        !matches!(self, Self::AllocatorMapping)
+    }
+}
+
+/// Why a stack ends where it ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum StackOutcome {
+    /// Walked to the thread's first frame.
+    Complete,
+    /// Deeper than the frame limit.
+    Truncated,
+    /// Code without unwind rows whose frame pointer is none.
+    NoFramePointer,
+    /// Stack memory could not be read.
+    Unreadable,
+    /// A frame points to no executable mapping.
+    BadAddress,
+    /// A foreign return probe hides the frames above.
+    Trampoline,
+    /// The stack was not captured (no scratch memory was free).
+    Lost,
+    /// No unwind rows are loaded for a frame's module.
+    NoRow,
+    /// A frame's caller would not lie above it.
+    StackNotGrowing,
+    /// The unwind rows need a register or an expression that is not followed.
+    UnsupportedRule,
+}
+
+impl StackOutcome {
+    pub const ALL: [Self; 10] = [
+        Self::Complete,
+        Self::Truncated,
+        Self::NoFramePointer,
+        Self::Unreadable,
+        Self::BadAddress,
+        Self::Trampoline,
+        Self::Lost,
+        Self::NoRow,
+        Self::StackNotGrowing,
+        Self::UnsupportedRule,
+    ];
+
+    /// As recordings and reports write it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Complete => "complete",
+            Self::Truncated => "truncated",
+            Self::NoFramePointer => "no_frame_pointer",
+            Self::Unreadable => "unreadable",
+            Self::BadAddress => "bad_address",
+            Self::Trampoline => "trampoline",
+            Self::Lost => "lost",
+            Self::NoRow => "no_row",
+            Self::StackNotGrowing => "stack_not_growing",
+            Self::UnsupportedRule => "unsupported_rule",
+        }
+    }
+
+    /// Why the callers further out are missing; `None` when none is.
+    pub const fn gap(self) -> Option<&'static str> {
+        match self {
+            Self::Complete => None,
+            Self::Truncated => Some("deeper than the frame limit"),
+            Self::NoFramePointer => Some("code without frame pointers"),
+            Self::Unreadable => Some("stack memory could not be read"),
+            Self::BadAddress => Some("a return address points to no executable mapping"),
+            Self::Trampoline => Some("another tool's return probe hides the callers"),
+            Self::Lost => Some("the stack was not captured"),
+            Self::NoRow => Some("no unwind rows are loaded for the module"),
+            Self::StackNotGrowing => Some("the caller's frame would not lie above this one"),
+            Self::UnsupportedRule => Some("unwind information of a kind that is not followed"),
+        }
+    }
+}
+
+/// Index into [`Profile::processes`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ProcessId(pub usize);
+
+/// Index into [`Profile::modules`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ModuleId(pub usize);
+
+/// Index into [`Profile::sites`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SiteId(pub usize);
+
+/// One life of a process between two `execve` calls.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Process {
+    pub pid: u32,
+    pub parent_pid: Option<u32>,
+    /// Field 22 of `/proc/PID/stat`: clock ticks after boot. With `pid` it names one process ever.
+    pub start_time: u64,
+    pub comm: String,
+    pub exe: String,
+    pub cmdline: String,
+    pub cgroup: String,
+    /// How it ended, when it did while it was watched ("exited", "exec", "forked away").
+    pub end: Option<String>,
+}
+
+/// A file (or the vDSO) that code was loaded from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Module {
+    /// As the target's own mount namespace names it; `[vdso]`, `[anon]` and the like for the rest.
+    pub path: String,
+    /// GNU build id, lower-case hexadecimal.
+    pub build_id: Option<String>,
+    /// Lowest executable mapping seen: start address, end address, file offset (for pprof).
+    pub mapping: Option<(u64, u64, u64)>,
+}
+
+/// One source-level function at a program counter.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Symbol {
+    /// Demangled.
+    pub function: String,
+    pub file: Option<String>,
+    pub line: Option<u32>,
+    /// Inlined into the next symbol of the same frame.
+    pub inlined: bool,
+}
+
+/// One program counter of a stack.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Frame {
+    /// Address in the process (a return address, except where a frame is interrupted).
+    pub address: u64,
+    pub module: Option<ModuleId>,
+    /// Offset in the module: address as the file itself states it (SVMA, base 0).
+    pub offset: u64,
+    /// Innermost (most inlined) first; empty when nothing names the address. Shared, because the
+    /// same address occurs in many stacks.
+    pub symbols: Arc<[Symbol]>,
+}
+
+/// Bytes and blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Counters {
+    pub live_bytes: u64,
+    pub live_count: u64,
+    /// Since the session began, as are the rest.
+    pub allocated_bytes: u64,
+    pub allocated_count: u64,
+    pub freed_bytes: u64,
+    pub freed_count: u64,
+}
+
+impl Counters {
+    /// Sums saturate: a wrapped number would be a small, believable lie.
+    pub fn add(&mut self, other: &Self) {
+        self.live_bytes = self.live_bytes.saturating_add(other.live_bytes);
+        self.live_count = self.live_count.saturating_add(other.live_count);
+        self.allocated_bytes = self.allocated_bytes.saturating_add(other.allocated_bytes);
+        self.allocated_count = self.allocated_count.saturating_add(other.allocated_count);
+        self.freed_bytes = self.freed_bytes.saturating_add(other.freed_bytes);
+        self.freed_count = self.freed_count.saturating_add(other.freed_count);
+    }
+}
+
+/// One stack of one process, with what it holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Site {
+    pub process: ProcessId,
+    pub kind: SiteKind,
+    pub counters: Counters,
+    /// Of the live blocks, at the moment of the snapshot; `None` when nothing is live.
+    pub oldest_age_ns: Option<u64>,
+    pub youngest_age_ns: Option<u64>,
+    pub outcome: StackOutcome,
+    /// Innermost first. Shared, so that every snapshot can list every site.
+    pub frames: Arc<[Frame]>,
+}
+
+/// One outstanding block or mapping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Block {
+    pub process: ProcessId,
+    pub site: SiteId,
+    pub address: u64,
+    pub size_bytes: u64,
+    pub age_ns: u64,
+}
+
+/// Which blocks count as live in a report (`--min-age`, `--min-size`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct BlockFilter {
+    pub min_age_ns: u64,
+    pub min_size_bytes: u64,
+}
+
+impl BlockFilter {
+    pub const fn keeps(&self, size_bytes: u64, age_ns: u64) -> bool {
+        size_bytes >= self.min_size_bytes && age_ns >= self.min_age_ns
+    }
+
+    /// Whether every block passes, so that the counters of the sites hold as they are.
+    pub const fn keeps_all(&self) -> bool {
+        self.min_age_ns == 0 && self.min_size_bytes == 0
+    }
+}
+
+/// Something worth knowing that happened during the session.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Event {
+    /// Nanoseconds after the session began.
+    pub at_ns: u64,
+    pub pid: Option<u32>,
+    pub text: String,
+}
+
+/// Processes, modules and sites keep their order from one snapshot of a session to the next; new
+/// ones are appended. Of two entries with the same pid and start time, the earlier life comes first.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Profile {
+    pub mode: Mode,
+    /// The session's last snapshot; false for those at the intervals, and in a recording whose
+    /// session was killed.
+    pub finished: bool,
+    /// Nanoseconds after the Unix epoch.
+    pub started_unix_ns: u64,
+    pub duration_ns: u64,
+    /// `uname -r` of the recorded host.
+    pub kernel: String,
+    pub hostname: String,
+    pub processes: Vec<Process>,
+    pub modules: Vec<Module>,
+    pub sites: Vec<Site>,
+    /// Only when they were asked for.
+    pub blocks: Vec<Block>,
+    /// What could not be seen, by name; every known name is present, zero when all is well.
+    pub losses: BTreeMap<String, u64>,
+    pub events: Vec<Event>,
+}
+
+impl Profile {
+    /// Sum over the memory that the program asked for: see [`SiteKind::belongs_to_totals`].
+    pub fn totals(&self) -> Counters {
+        self.sum(SiteKind::belongs_to_totals)
+    }
+
+    /// Sum over what allocators hold from the kernel to serve the heap.
+    pub fn allocator_totals(&self) -> Counters {
+        self.sum(|kind| !kind.belongs_to_totals())
+    }
+
+    fn sum(&self, wanted: impl Fn(SiteKind) -> bool) -> Counters {
+        let mut sum = Counters::default();
+        for site in self.sites.iter().filter(|site| wanted(site.kind)) {
+            sum.add(&site.counters);
+        }
+        sum
+    }
+
+    pub fn process(&self, id: ProcessId) -> Option<&Process> {
+        self.processes.get(id.0)
+    }
+
+    pub fn module(&self, id: ModuleId) -> Option<&Module> {
+        self.modules.get(id.0)
+    }
+
+    /// Counts as live only the blocks that `filter` keeps. Every live block must be passed.
+    /// What was allocated and freed stays as it is.
+    pub fn restrict(&mut self, filter: BlockFilter, blocks: impl IntoIterator<Item = Block>) {
+        for site in &mut self.sites {
+            site.clear_live();
+        }
+        for block in blocks {
+            if filter.keeps(block.size_bytes, block.age_ns)
+                && let Some(site) = self.sites.get_mut(block.site.0)
+            {
+                site.count_live(block.size_bytes, block.age_ns);
+            }
+        }
+    }
+}
+
+impl Site {
+    /// Forgets what is live, so that it can be counted anew.
+    pub fn clear_live(&mut self) {
+        self.counters.live_bytes = 0;
+        self.counters.live_count = 0;
+        self.oldest_age_ns = None;
+        self.youngest_age_ns = None;
+    }
+
+    /// Counts one more live block.
+    pub fn count_live(&mut self, size_bytes: u64, age_ns: u64) {
+        self.counters.live_bytes = self.counters.live_bytes.saturating_add(size_bytes);
+        self.counters.live_count = self.counters.live_count.saturating_add(1);
+        self.oldest_age_ns = Some(self.oldest_age_ns.map_or(age_ns, |age| age.max(age_ns)));
+        self.youngest_age_ns = Some(self.youngest_age_ns.map_or(age_ns, |age| age.min(age_ns)));
+    }
+}

@@ -1,0 +1,51 @@
+//! What a session is asked to do: the command line's meaning, without its spelling.
+
+use std::{ffi::OsString, path::PathBuf, time::Duration};
+
+use crate::{
+    process::select::Selector,
+    profile::BlockFilter,
+    report::{Format, Sort},
+};
+
+/// Whom a session is about.
+#[derive(Debug, Clone)]
+pub enum Target {
+    /// Processes that run already.
+    Running(Selector),
+    /// A program to start.
+    Program { program: OsString, arguments: Vec<OsString> },
+}
+
+/// Where the result goes besides the terminal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Output {
+    Recording(PathBuf),
+    Report(Format, PathBuf),
+}
+
+/// How stacks are walked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StackMethod {
+    /// With rows where the kernel can do that, else by frame pointers.
+    Auto,
+    /// With rows compiled from call frame information (DWARF).
+    Rows,
+    FramePointers,
+}
+
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub target: Target,
+    pub duration: Option<Duration>,
+    pub output: Option<Output>,
+    pub filter: BlockFilter,
+    pub interval: Duration,
+    pub top: usize,
+    pub sort: Sort,
+    pub blocks: bool,
+    pub follow_forks: bool,
+    pub max_blocks: u32,
+    pub stack: StackMethod,
+    pub quiet: bool,
+}

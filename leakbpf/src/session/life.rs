@@ -1,0 +1,119 @@
+//! One life of a process: from fork, exec or attach to its exit or next exec.
+
+use std::collections::HashMap;
+
+use leakbpf_common::abi::{Owner, StackId};
+
+use super::{
+    modules::Modules,
+    space::{Place, Space},
+};
+use crate::{
+    ledger::ranges::Mappings,
+    probe::records::NewStack,
+    process::{Pid, maps::Maps},
+    profile::{self, ModuleId, StackOutcome},
+};
+
+/// A frame whose code is known, not yet named.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PlacedFrame {
+    pub avma: u64,
+    pub module: Option<ModuleId>,
+    pub svma: u64,
+    /// The address is not one that a call returns to, but the next to run.
+    pub interrupted: bool,
+}
+
+/// A stack in terms of modules.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stack {
+    pub outcome: StackOutcome,
+    pub frames: Vec<PlacedFrame>,
+}
+
+impl Stack {
+    /// Stands in for a stack that was not captured or not received.
+    pub fn lost() -> Self {
+        Self { outcome: StackOutcome::Lost, frames: Vec::new() }
+    }
+}
+
+/// [`profile::Process::end`] of a life whose memory an `execve` has replaced.
+pub const ENDED_BY_EXEC: &str = "exec";
+
+pub struct Life {
+    pub owner: Owner,
+    pub process: profile::Process,
+    pub space: Space,
+    pub mappings: Mappings,
+    pub stacks: HashMap<StackId, Stack>,
+    /// Its totals are kept elsewhere, and the kernel side knows it no more.
+    pub folded: bool,
+}
+
+impl Life {
+    pub fn new(owner: Owner, process: profile::Process, space: Space, mappings: Mappings) -> Self {
+        Self { owner, process, space, mappings, stacks: HashMap::new(), folded: false }
+    }
+
+    pub fn pid(&self) -> Pid {
+        Pid(self.process.pid)
+    }
+
+    pub fn ended(&self) -> bool {
+        self.process.end.is_some()
+    }
+
+    /// Whether its memory is gone although its process lives on.
+    pub fn replaced(&self) -> bool {
+        self.process.end.as_deref() == Some(ENDED_BY_EXEC)
+    }
+
+    /// Reads the address space again. What was known stays when it can't be read any more.
+    pub fn refresh(&mut self, library_epoch: u32) {
+        if let Ok(maps) = Maps::of(self.pid()) {
+            self.space.learn(library_epoch.max(self.space.epoch().unwrap_or(0)), maps);
+        }
+    }
+
+    /// Takes in a stack that the kernel side has announced.
+    pub fn learn(&mut self, stack: &NewStack, modules: &mut Modules) {
+        let caller = stack.frames.get(..1).unwrap_or_default();
+        if !self.ended() && !self.space.covers(stack.library_epoch, caller) {
+            self.refresh(stack.library_epoch);
+        }
+        let placed = self.place(stack, modules);
+        self.stacks.insert(stack.stack, placed);
+    }
+
+    fn place(&self, stack: &NewStack, modules: &mut Modules) -> Stack {
+        let interrupted = stack.interrupted;
+        let stack = self.space.place_stack(stack.library_epoch, stack.outcome, &stack.frames);
+        let frames = stack
+            .frames
+            .into_iter()
+            .map(|(avma, place)| match place {
+                Place::File { id, file_offset } => {
+                    let module = modules.of_file(self.pid(), id, self.space.maps());
+                    let svma = modules.svma(module, file_offset);
+                    (avma, Some(module), svma)
+                }
+                Place::Vdso { offset } => {
+                    let module = modules.vdso();
+                    let svma = modules.svma(module, offset);
+                    (avma, Some(module), svma)
+                }
+                Place::Anonymous => (avma, None, avma),
+            })
+            .enumerate()
+            .map(|(depth, (avma, module, svma))| PlacedFrame {
+                avma,
+                module,
+                svma,
+                interrupted: interrupted >> depth & 1 != 0,
+            })
+            .collect();
+        Stack { outcome: stack.outcome, frames }
+    }
+}

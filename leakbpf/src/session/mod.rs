@@ -1,0 +1,658 @@
+//! A session: the story of `leakbpf record`.
+//!
+//! [`watch`] knows the processes, [`placement`] their probes, [`life`] and [`space`] what code is
+//! behind a stack's addresses, [`unwinding`] what the kernel side walks stacks with, [`snapshot`] turns the books into a profile.
+
+pub mod config;
+pub mod floor;
+mod fold;
+pub mod life;
+mod limits;
+pub mod modules;
+pub mod placement;
+pub mod snapshot;
+pub mod space;
+mod terminal;
+pub mod unwinding;
+pub mod watch;
+
+use std::{
+    io::{self, Write},
+    ops::ControlFlow,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use aya::maps::{MapData, RingBuf};
+use nix::sys::signal::Signal;
+use tokio::{io::unix::AsyncFd, signal::unix::SignalKind, sync::mpsc};
+
+use self::{
+    config::{Config, Output, StackMethod, Target},
+    fold::Groups,
+    placement::Plans,
+    snapshot::{Sites, loss_names},
+    terminal::Progress,
+    watch::{Attached, Watch, monotonic_ns},
+};
+use crate::{
+    preflight::{self, kernel_version::KernelVersion},
+    probe::{
+        kernel::{Kernel, KernelError, MappingEvents, Settings},
+        planner,
+        records::Record,
+    },
+    process::{
+        Pid, ProcessError, host,
+        launch::{LaunchError, LaunchedProgram, exit_code, launch},
+        select::{SelectError, Selector, select},
+        status::Status,
+        target,
+    },
+    profile::{Mode, Profile, Symbol},
+    recording::{self, SessionFacts},
+    report::{self, ReportFile, ReportOptions},
+    symbolize::perf_map::PerfMap,
+};
+
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    #[error(transparent)]
+    Refused(#[from] preflight::Refusal),
+    #[error(transparent)]
+    Select(#[from] SelectError),
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    #[error("cannot watch process {pid}: {source}")]
+    Watch { pid: Pid, source: io::Error },
+    #[error("cannot read the tracepoint {name}: {reason}")]
+    Tracepoint { name: &'static str, reason: String },
+    #[error("{0}")]
+    Launch(#[from] LaunchError<String>),
+    #[error(transparent)]
+    Recording(#[from] recording::WriteError),
+    #[error(transparent)]
+    Output(#[from] report::FileError),
+    #[error("cannot write the report: {0}")]
+    Stdout(io::Error),
+    #[error("cannot wait for events: {0}")]
+    Events(io::Error),
+}
+
+impl SessionError {
+    /// The agent's exit status.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Launch(error) => error.exit_code().unwrap_or(2),
+            _ => 2,
+        }
+    }
+}
+
+/// More processes than these are announced in one line.
+const ANNOUNCED_ONE_BY_ONE: usize = 8;
+
+/// Runs a session from preflight to the last report; returns the exit status.
+pub async fn run(config: &Config) -> Result<u8, SessionError> {
+    let started = Instant::now();
+    // One for each probe, each module and each process.
+    let descriptors = limits::raise_open_files();
+    let host = host::observe();
+    preflight::Report { checks: preflight::host::judge(&host) }.refuse_failures()?;
+    let planner = planner_kernel(&host);
+    let pids = match &config.target {
+        Target::Running(selector) => admit(select(selector)?, selector, &host)?,
+        Target::Program { .. } => Vec::new(),
+    };
+    // From here on a signal ends the session in an orderly way.
+    let mut signals = Signals::new().map_err(SessionError::Events)?;
+    let mut output = OutputFile::create(config, &host)?;
+
+    let (mut kernel, no_rows) = load(config)?;
+    kernel.attach_process_events()?;
+    let mapping_events = kernel.attach_mapping_events();
+    let records = kernel.take_records()?;
+    let (exits, mut exited) = mpsc::unbounded_channel();
+    let system_wide = matches!(config.target, Target::Running(Selector::All));
+    let plans = Plans::new(planner);
+    let mut watch = Watch::new(kernel, plans, system_wide, mapping_events.is_ok(), exits);
+    if let Some(reason) = no_rows {
+        eprintln!("leakbpf: stacks follow frame pointers only: {reason}");
+        watch.note(None, format!("stacks follow frame pointers only: {reason}"));
+    }
+    match mapping_events {
+        Ok(MappingEvents::Functions) => {}
+        Ok(MappingEvents::Tracepoints) => watch.note(
+            None,
+            "mappings are seen through system call tracepoints, which slow every system call of \
+             the machine down a little: the kernel refuses programs on its functions (fentry)"
+                .to_owned(),
+        ),
+        Err(error) => {
+            eprintln!("leakbpf: mmap, munmap, mremap and brk are not counted: {error}");
+            watch.note(None, format!("anonymous mappings are not counted: {error}"));
+        }
+    }
+
+    let mut program = None;
+    match &config.target {
+        Target::Running(_) => {
+            let mut placed = Vec::with_capacity(pids.len());
+            for &pid in &pids {
+                match watch.attach(pid) {
+                    Ok(attached) => placed.push(attached),
+                    // One of many may end before its turn; the only one may not.
+                    Err(SessionError::Process(ProcessError::Gone(_))) if pids.len() > 1 => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            watch.begin()?;
+            if placed.len() > ANNOUNCED_ONE_BY_ONE {
+                eprintln!(
+                    "leakbpf: attached to {} processes: {} probes in {} ms",
+                    placed.len(),
+                    watch.probes(),
+                    started.elapsed().as_millis()
+                );
+            } else {
+                placed.iter().for_each(|attached| announce(attached, &watch, started));
+            }
+        }
+        Target::Program { program: name, arguments } => {
+            let ready = |pid: Pid| -> Result<Attached, String> {
+                let selector = Selector::Pids(vec![pid]);
+                admit(vec![pid], &selector, &host).map_err(|error| error.to_string())?;
+                // The larger limit is the agent's alone.
+                if let Some(before) = descriptors {
+                    limits::restore(pid, before);
+                }
+                let attached = watch.attach(pid).map_err(|error| error.to_string())?;
+                watch.begin().map_err(|error| error.to_string())?;
+                Ok(attached)
+            };
+            let (launched, attached) = launch(name, arguments, ready)?;
+            announce(&attached, &watch, started);
+            program = Some(launched);
+        }
+    }
+
+    let began_ns = watch.began_ns;
+    let mut session = Session {
+        config,
+        watch,
+        // SAFETY: the ring buffer owns its descriptor and keeps it open and the same.
+        records: unsafe { AsyncFd::register(records) }
+            .map_err(|error| SessionError::Events(error.into()))?,
+        sites: Sites::default(),
+        groups: Groups::default(),
+        next_fold: Instant::now(),
+        began_ns,
+        started_unix_ns: unix_ns(),
+        kernel_release: host.kernel_release.clone(),
+    };
+    let status = session.wait(&mut signals, &mut exited, program.as_mut(), &mut output).await?;
+    session.finish(output)?;
+    Ok(status)
+}
+
+/// Checks each process; of several found by name or group, those that can't be traced are left out
+/// with a word.
+fn admit(
+    pids: Vec<Pid>,
+    selector: &Selector,
+    host: &preflight::host::HostFacts,
+) -> Result<Vec<Pid>, SessionError> {
+    let mut admitted = Vec::new();
+    let mut refused = None;
+    for pid in pids {
+        let checks = match target::observe(pid, false) {
+            Ok(facts) => preflight::target::judge(&facts, host),
+            Err(error) if matches!(selector, Selector::Pids(_)) => return Err(error.into()),
+            Err(_) => continue,
+        };
+        match (preflight::Report { checks }).refuse_failures() {
+            Ok(()) => admitted.push(pid),
+            Err(refusal) if matches!(selector, Selector::Pids(_)) => return Err(refusal.into()),
+            Err(refusal) => {
+                if !matches!(selector, Selector::All) {
+                    eprintln!("leakbpf: left out {pid}: {refusal}");
+                }
+                refused = Some(refusal);
+            }
+        }
+    }
+    match (admitted.is_empty(), refused) {
+        (true, Some(refusal)) => Err(refusal.into()),
+        _ => Ok(admitted),
+    }
+}
+
+/// Loads the kernel side; with [`StackMethod::Auto`] for frame pointers when it can't walk stacks
+/// with rows here, for the reason that is returned.
+fn load(config: &Config) -> Result<(Kernel, Option<String>), SessionError> {
+    let mut settings = settings(config)?;
+    settings.unwind_rows = config.stack != StackMethod::FramePointers;
+    match Kernel::load(&settings) {
+        Err(error) if config.stack == StackMethod::Auto => {
+            settings.unwind_rows = false;
+            Ok((Kernel::load(&settings)?, Some(error.to_string())))
+        }
+        loaded => Ok((loaded?, None)),
+    }
+}
+
+fn settings(config: &Config) -> Result<Settings, SessionError> {
+    const NAME: &str = "task/task_newtask";
+    let failed = |reason: String| SessionError::Tracepoint { name: NAME, reason };
+    let bytes = host::tracepoint_format(NAME).map_err(|error| failed(error.to_string()))?;
+    let format = preflight::tracepoint::TracepointFormat::parse(&bytes)
+        .map_err(|error| failed(error.to_string()))?;
+    let offset = |field| {
+        format
+            .field(field)
+            .map_err(|error| failed(error.to_string()))
+            .map(|field| field.offset_bytes)
+    };
+    Ok(Settings {
+        follow_forks: config.follow_forks,
+        watch_all: matches!(config.target, Target::Running(Selector::All)),
+        unwind_rows: true,
+        max_blocks: config.max_blocks,
+        newtask_pid_offset: offset("pid")?,
+        newtask_flags_offset: offset("clone_flags")?,
+    })
+}
+
+fn announce(attached: &Attached, watch: &Watch, started: Instant) {
+    let comm = watch
+        .lives
+        .iter()
+        .find(|life| life.pid() == attached.pid)
+        .map_or("", |life| life.process.comm.as_str());
+    eprintln!(
+        "leakbpf: attached to PID {} ({}): {} functions in {} ms",
+        attached.pid,
+        report::printable(comm),
+        attached.functions,
+        started.elapsed().as_millis()
+    );
+    if attached.functions == 0 && watch.probes() == 0 {
+        let looked_at: Vec<String> = attached
+            .looked_at
+            .iter()
+            .map(|file| match &file.plan {
+                Ok(_) => file.path.display().to_string(),
+                Err(error) => format!("{} ({error})", file.path.display()),
+            })
+            .collect();
+        eprintln!(
+            "leakbpf: no allocator function was found in {}: only mappings are counted; debug \
+             symbols of a stripped static program would help (`leakbpf doctor -p {}`)",
+            report::printable(&looked_at.join(", ")),
+            attached.pid
+        );
+    }
+}
+
+/// What matters to the planner of the kernel that runs here.
+pub fn planner_kernel(host: &preflight::host::HostFacts) -> planner::Kernel {
+    let nops = KernelVersion { major: 6, minor: 18, patch: 0 };
+    planner::Kernel { emulates_long_nops: host.version().is_some_and(|version| version >= nops) }
+}
+
+fn unix_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
+pub use terminal::options as terminal_options;
+
+/// The perf map of a process that makes code at run time.
+pub(crate) fn perf_map_of(pid: Pid) -> Option<PerfMap> {
+    let status = Status::of(pid).ok()?;
+    let namespace_pid = status.namespace_pids.last().copied().unwrap_or(pid.0);
+    PerfMap::open(&pid.proc_path("root"), namespace_pid, status.effective_uid?).ok().flatten()
+}
+
+pub(crate) fn jit_symbols(map: Option<&PerfMap>, avma: u64) -> Arc<[Symbol]> {
+    let name = map.and_then(|map| map.name(avma.saturating_sub(1)));
+    name.map(|function| Symbol { function, file: None, line: None, inlined: false })
+        .into_iter()
+        .collect()
+}
+
+struct Session<'a> {
+    config: &'a Config,
+    watch: Watch,
+    records: AsyncFd<RingBuf<MapData>>,
+    sites: Sites,
+    groups: Groups,
+    next_fold: Instant,
+    began_ns: u64,
+    started_unix_ns: u64,
+    kernel_release: String,
+}
+
+impl Session<'_> {
+    /// Counts until it is time to stop; returns the exit status.
+    async fn wait(
+        &mut self,
+        signals: &mut Signals,
+        exited: &mut mpsc::UnboundedReceiver<(Pid, leakbpf_common::abi::Owner)>,
+        mut program: Option<&mut LaunchedProgram>,
+        output: &mut OutputFile,
+    ) -> Result<u8, SessionError> {
+        let mut interval =
+            tokio::time::interval(self.config.interval.max(Duration::from_millis(100)));
+        interval.tick().await;
+        let mut progress_tick = tokio::time::interval(Duration::from_secs(1));
+        let mut progress = Progress::new();
+        let deadline = self.config.duration.map(|duration| tokio::time::Instant::now() + duration);
+        loop {
+            let deadline_reached = async {
+                match deadline {
+                    Some(deadline) => tokio::time::sleep_until(deadline).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                signal = signals.next() => {
+                    let Some(program) = program.as_deref_mut() else { break };
+                    // When it has ended, only children of it are left.
+                    if program.try_wait().map_err(SessionError::Events)?.is_some() {
+                        break;
+                    }
+                    // Ctrl-C and Ctrl-\ of the terminal have reached the program as well.
+                    let reached = matches!(signal, Signal::SIGINT | Signal::SIGQUIT)
+                        && terminal::in_foreground();
+                    if !reached {
+                        program.forward(signal).map_err(SessionError::Events)?;
+                    }
+                }
+                () = deadline_reached => break,
+                Some((pid, owner)) = exited.recv() => {
+                    // What it did last is still in the ring buffer.
+                    self.drain();
+                    self.watch.exited(pid, owner);
+                    if self.watch.all_ended() {
+                        break;
+                    }
+                    self.fold(fold::KEPT_WHOLE)?;
+                }
+                _ = interval.tick() => {
+                    self.drain();
+                    progress.clear();
+                    if self.interval(output)?.is_break() {
+                        break;
+                    }
+                }
+                _ = progress_tick.tick(), if progress.shown() => {
+                    let counts = self.watch.kernel.counts()?;
+                    progress.show(Duration::from_nanos(monotonic_ns().saturating_sub(self.began_ns)), self.live_bytes()?, &counts);
+                }
+                // Last: whoever fills the ring buffer faster than it is read must not keep the
+                // session from ending.
+                ready = self.records.readable() => {
+                    ready.map_err(SessionError::Events)?.clear_ready();
+                    self.drain();
+                }
+            }
+        }
+        progress.clear();
+        match program {
+            None => Ok(0),
+            Some(program) => match program.try_wait().map_err(SessionError::Events)? {
+                Some(status) => Ok(exit_code(status)),
+                None => {
+                    eprintln!("leakbpf: the program still runs as PID {}", program.pid());
+                    Ok(0)
+                }
+            },
+        }
+    }
+
+    /// Takes in what is in the ring buffer, and of what comes meanwhile no more than fits it once.
+    fn drain(&mut self) {
+        /// Bytes of the ring buffer by those of the smallest record.
+        const MOST: usize = (4 << 20) / 32;
+        for _ in 0..MOST {
+            let Some(item) = self.records.get_mut().next() else { break };
+            let record = Record::parse(&item);
+            drop(item);
+            if let Some(record) = record {
+                self.watch.take(record);
+            }
+        }
+        self.watch.take_in_mappings();
+    }
+
+    fn live_bytes(&self) -> Result<u64, SessionError> {
+        let mut live = 0u64;
+        for entry in self.watch.kernel.sites.walk() {
+            let (_, site) = entry.map_err(|source| KernelError::Map { map: "SITES", source })?;
+            live = live.saturating_add(site.allocated_bytes.saturating_sub(site.freed_bytes));
+        }
+        Ok(live)
+    }
+
+    /// Folds ended lives when there are many of them, or when their blocks leave no room.
+    fn fold(&mut self, most_kept: usize) -> Result<(), SessionError> {
+        let began = Instant::now();
+        if began < self.next_fold || fold::foldable(&self.watch.lives) <= most_kept {
+            return Ok(());
+        }
+        let filter = self.config.filter;
+        fold::fold(&mut self.watch, &mut self.sites, &mut self.groups, filter, monotonic_ns())?;
+        // A walk takes as long as there are blocks of others: no more than a twentieth of the time.
+        self.next_fold = Instant::now() + began.elapsed() * 20;
+        Ok(())
+    }
+
+    fn interval(&mut self, output: &mut OutputFile) -> Result<ControlFlow<()>, SessionError> {
+        let counts = self.watch.kernel.counts()?;
+        if counts.losses.first().is_some_and(|&blocks_full| blocks_full > 0) {
+            self.fold(0)?;
+        }
+        if self.config.quiet && !matches!(output.kind, OutputKind::Recording(_)) {
+            return Ok(ControlFlow::Continue(()));
+        }
+        let profile = self.profile(false, monotonic_ns())?;
+        if let OutputKind::Recording(writer) = &mut output.kind {
+            writer.snapshot(&profile)?;
+        }
+        if !self.config.quiet && !self.print(&profile)? && matches!(output.kind, OutputKind::None) {
+            return Ok(ControlFlow::Break(()));
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// Whether anybody still reads.
+    fn print(&self, profile: &Profile) -> Result<bool, SessionError> {
+        let options = ReportOptions { with_blocks: false, ..self.options() };
+        let mut stdout = io::stdout().lock();
+        let written =
+            report::text::write(profile, &options, &mut stdout).and_then(|()| stdout.flush());
+        match written {
+            // Whoever reads has seen enough, as with `head`.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+            other => other.map(|()| true).map_err(SessionError::Stdout),
+        }
+    }
+
+    fn options(&self) -> ReportOptions {
+        ReportOptions {
+            top: Some(self.config.top),
+            sort: self.config.sort,
+            with_blocks: self.config.blocks,
+            filter: self.config.filter,
+            ..terminal::options()
+        }
+    }
+
+    fn profile(&mut self, finished: bool, now_ns: u64) -> Result<Profile, SessionError> {
+        let watch = &mut self.watch;
+        watch.listed = watch.lives.len();
+        let mut census = self.sites.census(
+            &watch.kernel,
+            &watch.lives,
+            &watch.by_owner,
+            self.config.filter,
+            now_ns,
+        )?;
+        self.sites.forget_jit();
+        self.sites.name(&mut census.sites, &watch.lives, &mut watch.modules);
+        let counts = watch.kernel.counts()?;
+        let mut losses = loss_names(&counts.losses);
+        let mut add = |name: &str, count: u64| {
+            let total: &mut u64 = losses.entry(name.to_owned()).or_default();
+            *total = total.saturating_add(count);
+        };
+        let mapping_losses = watch.lives.iter().map(|life| life.mappings.losses());
+        for loss in mapping_losses.chain([watch.folded_losses]) {
+            add("frees_missed", loss.frees_missed);
+            add("ranges_full", loss.ranges_full);
+        }
+        add("ranges_full", 0);
+        add("stacks_lost", census.stacks_missing);
+        add("mappings_unmatched", watch.mapping_losses);
+        add("children_seen_late", watch.children_seen_late);
+        add("spaces_full", watch.unwinding.spaces_full);
+        add("unwind_tables_full", watch.unwinding.tables_full + watch.kernel.unwind.failed());
+        Ok(Profile {
+            mode: Mode::Exact,
+            started_unix_ns: self.started_unix_ns,
+            duration_ns: now_ns.saturating_sub(self.began_ns),
+            kernel: self.kernel_release.clone(),
+            hostname: hostname(),
+            processes: watch.lives.iter().map(|life| life.process.clone()).collect(),
+            modules: watch.modules.list(),
+            sites: census.sites,
+            blocks: Vec::new(),
+            losses,
+            events: watch.events.clone(),
+            finished,
+        })
+    }
+
+    /// Stops counting, takes the probes away and reports.
+    fn finish(mut self, output: OutputFile) -> Result<(), SessionError> {
+        self.watch.kernel.enable(false)?;
+        let now_ns = monotonic_ns();
+        self.watch.detach();
+        self.drain();
+        let mut profile = self.profile(true, now_ns)?;
+        let filter = self.config.filter;
+        let outstanding = self.sites.outstanding(
+            &self.watch.kernel,
+            &self.watch.lives,
+            &self.watch.by_owner,
+            now_ns,
+        )?;
+        match output.kind {
+            OutputKind::Recording(writer) => {
+                let mut failed = None;
+                let blocks =
+                    outstanding.map_while(|block| block.map_err(|e| failed = Some(e)).ok());
+                writer.finish(&profile, blocks)?;
+                if let Some(error) = failed {
+                    return Err(error.into());
+                }
+            }
+            OutputKind::Report(format, file) => {
+                if self.config.blocks {
+                    for block in outstanding {
+                        let block = block?;
+                        if filter.keeps(block.size_bytes, block.age_ns) {
+                            profile.blocks.push(block);
+                        }
+                    }
+                }
+                let options = ReportOptions { color: false, top: None, ..self.options() };
+                file.write(format, &profile, &options)?;
+            }
+            OutputKind::None => {}
+        }
+        self.print(&profile)?;
+        let left = self.watch.detaching();
+        // Some 70 ms each (see `Watch::detach`): silence for seconds looks like a hang.
+        if left > 15 && terminal::Progress::new().shown() {
+            eprintln!("leakbpf: taking {left} probes away …");
+        }
+        Ok(())
+    }
+}
+
+fn hostname() -> String {
+    nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+/// Signals that end a session or are passed on to a program.
+struct Signals {
+    streams: Vec<(Signal, tokio::signal::unix::Signal)>,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        let wanted = [
+            (Signal::SIGINT, SignalKind::interrupt()),
+            (Signal::SIGTERM, SignalKind::terminate()),
+            (Signal::SIGHUP, SignalKind::hangup()),
+            (Signal::SIGQUIT, SignalKind::quit()),
+            (Signal::SIGUSR1, SignalKind::user_defined1()),
+            (Signal::SIGUSR2, SignalKind::user_defined2()),
+        ];
+        let streams = wanted
+            .into_iter()
+            .map(|(signal, kind)| Ok((signal, tokio::signal::unix::signal(kind)?)))
+            .collect::<io::Result<_>>()?;
+        Ok(Self { streams })
+    }
+
+    async fn next(&mut self) -> Signal {
+        std::future::poll_fn(|context| {
+            for (signal, stream) in &mut self.streams {
+                if stream.poll_recv(context).is_ready() {
+                    return std::task::Poll::Ready(*signal);
+                }
+            }
+            std::task::Poll::Pending
+        })
+        .await
+    }
+}
+
+/// Where the result goes; made before anything is attached, so that a full disk or a wrong path is
+/// known at once.
+struct OutputFile {
+    kind: OutputKind,
+}
+
+enum OutputKind {
+    None,
+    Recording(Box<recording::Writer>),
+    Report(report::Format, ReportFile),
+}
+
+impl OutputFile {
+    fn create(config: &Config, host: &preflight::host::HostFacts) -> Result<Self, SessionError> {
+        let kind = match &config.output {
+            None => OutputKind::None,
+            Some(Output::Recording(path)) => {
+                let facts = SessionFacts {
+                    mode: Mode::Exact,
+                    started_unix_ns: unix_ns(),
+                    kernel: host.kernel_release.clone(),
+                    hostname: hostname(),
+                };
+                OutputKind::Recording(Box::new(recording::Writer::create(path, &facts)?))
+            }
+            Some(Output::Report(format, path)) => {
+                OutputKind::Report(*format, ReportFile::create(path)?)
+            }
+        };
+        Ok(Self { kind })
+    }
+}

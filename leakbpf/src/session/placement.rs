@@ -1,0 +1,295 @@
+//! Which probes a process gets, and placing them in an order that never counts a block whose
+//! release would go unseen.
+
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    fs::File,
+    io::Read as _,
+    num::NonZeroU32,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use crate::{
+    elf::{
+        debug_files::{self, Place},
+        file::ElfFile,
+        image::{Image, Source},
+    },
+    probe::{
+        attach::Link,
+        discover::{FilePlan, discover},
+        kernel::{Kernel, KernelError, Program},
+        planner,
+    },
+    process::{
+        Pid,
+        mapped_file::MappedFile,
+        maps::{Backing, ExecutableFile, FileId, Maps},
+        memory::Memory,
+    },
+    symbolize::{debuginfod_caches, root},
+};
+use leakbpf_common::abi::Role;
+
+/// What the kernel writes over a probed instruction (arch/x86/include/asm/uprobes.h,
+/// `UPROBE_SWBP_INSN`).
+const INT3: u8 = 0xcc;
+
+/// Largest file that is read into memory because its owner could change it while it is mapped.
+const MAX_READ_BYTES: u64 = 512 << 20;
+
+/// A file that was looked at for allocator functions.
+#[derive(Debug, Clone)]
+pub struct LookedAt {
+    pub path: PathBuf,
+    pub id: FileId,
+    /// Why it could not be looked at.
+    pub plan: Result<Arc<FilePlan>, String>,
+}
+
+/// Plans of all files met so far: a library is read once, however many processes map it.
+pub struct Plans {
+    kernel: planner::Kernel,
+    known: HashMap<FileId, Result<Arc<FilePlan>, String>>,
+}
+
+impl Plans {
+    pub fn new(kernel: planner::Kernel) -> Self {
+        Self { kernel, known: HashMap::new() }
+    }
+
+    /// Looks at every file that `maps` can run code from.
+    pub fn of(&mut self, pid: Pid, maps: &Maps) -> Vec<LookedAt> {
+        maps.executable_files().iter().map(|file| self.look_at(pid, file)).collect()
+    }
+
+    fn look_at(&mut self, pid: Pid, file: &ExecutableFile<'_>) -> LookedAt {
+        let mapping = file.mappings[0];
+        let path = match &mapping.backing {
+            Backing::File { path, .. } => path.clone(),
+            _ => PathBuf::new(),
+        };
+        let plan = match self.known.get(&file.id) {
+            Some(known) => known.clone(),
+            None => match MappedFile::open(pid, mapping) {
+                // The next process that maps the file may live longer.
+                Err(error) => Err(error.to_string()),
+                Ok(opened) => {
+                    let plan = self.read(pid, &path, &opened);
+                    self.known.insert(file.id, plan.clone());
+                    plan
+                }
+            },
+        };
+        LookedAt { path, id: file.id, plan }
+    }
+
+    fn read(&self, pid: Pid, path: &Path, opened: &MappedFile) -> Result<Arc<FilePlan>, String> {
+        let bytes = FileBytes::of(opened.file()).map_err(|error| error.to_string())?;
+        let elf = ElfFile::parse(bytes.as_slice()).map_err(|error| error.to_string())?;
+        let plan = discover(&elf, None, self.kernel);
+        if !plan.probes.is_empty() || !plan.skipped.is_empty() {
+            return Ok(Arc::new(plan));
+        }
+        // Stripped, perhaps: its debug file still has the names.
+        let debug = debug_file(pid, path, opened.file());
+        let debug = debug.as_ref().and_then(|file| FileBytes::of(file).ok());
+        let debug = debug.as_ref().and_then(|bytes| ElfFile::parse(bytes.as_slice()).ok());
+        Ok(Arc::new(match debug {
+            Some(debug) => discover(&elf, Some(&debug), self.kernel),
+            None => plan,
+        }))
+    }
+}
+
+/// The separate debug file of a mapped one.
+fn debug_file(pid: Pid, path: &Path, file: &File) -> Option<File> {
+    let image = Image::open(Source::File(file.try_clone().ok()?)).ok()?;
+    let target_root = pid.proc_path("root");
+    let open = |place: &Place| match place {
+        Place::Target(path) => root::open(&target_root, path).ok(),
+        Place::Host(path) => root::open(Path::new("/"), path).ok(),
+    };
+    let caches = debuginfod_caches(|name| std::env::var_os(name).map(Into::into));
+    let found =
+        debug_files::find(&image, path, &caches, &mut |place| open(place).map(Source::File));
+    open(&found.found?.place)
+}
+
+/// The bytes of a file of another process.
+pub enum FileBytes {
+    Mapped(memmap2::Mmap),
+    Read(Vec<u8>),
+}
+
+impl FileBytes {
+    /// Maps files that only root can change. Others are read: a mapped file that shrinks kills
+    /// whoever touches the missing part (SIGBUS).
+    pub fn of(file: &File) -> std::io::Result<Self> {
+        let metadata = file.metadata()?;
+        if metadata.uid() == 0 && metadata.mode() & 0o022 == 0 {
+            // SAFETY: nobody but root can truncate the file while it is mapped.
+            return Ok(Self::Mapped(unsafe { memmap2::Mmap::map(file)? }));
+        }
+        if metadata.len() > MAX_READ_BYTES {
+            return Err(std::io::Error::other(format!(
+                "larger than {} MiB and not owned by root",
+                MAX_READ_BYTES >> 20
+            )));
+        }
+        let mut bytes = Vec::new();
+        file.take(MAX_READ_BYTES).read_to_end(&mut bytes)?;
+        Ok(Self::Read(bytes))
+    }
+
+    pub fn as_slice(&self) -> &[u8] {
+        match self {
+            Self::Mapped(map) => map,
+            Self::Read(bytes) => bytes,
+        }
+    }
+}
+
+/// One probe to be placed.
+struct Placement {
+    program: Program,
+    path: PathBuf,
+    file: FileId,
+    offset: u64,
+    cookie: u64,
+    function: String,
+}
+
+/// The probes of one process, or, system-wide, of all.
+#[derive(Default)]
+pub struct Placed {
+    links: Vec<Link>,
+    files: HashSet<FileId>,
+    sites: BTreeSet<(FileId, u64)>,
+    pub functions: usize,
+    /// Names of functions whose probe could not be placed, with the reason.
+    pub failed: Vec<(String, String)>,
+}
+
+impl Placed {
+    pub fn len(&self) -> usize {
+        self.links.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.links.is_empty()
+    }
+
+    pub fn into_links(self) -> Vec<Link> {
+        self.links
+    }
+
+    /// Whether every site in `pid`'s memory holds a breakpoint.
+    pub fn all_in_place(&self, pid: Pid, maps: &Maps) -> bool {
+        let Ok(memory) = Memory::open(pid) else { return false };
+        self.sites.iter().all(|(file, offset)| {
+            let address = maps.iter().find_map(|mapping| {
+                let inside = offset.checked_sub(mapping.file_offset)?;
+                let address = mapping.start_avma.checked_add(inside)?;
+                let here = mapping.file_id() == Some(*file) && mapping.contains(address);
+                (here && mapping.permissions.execute).then_some(address)
+            });
+            // A site of a file that is not mapped here can't have been hit.
+            address.is_none_or(|address| memory.byte(address).is_some_and(|byte| byte == INT3))
+        })
+    }
+
+    /// Places the probes of the files that have none yet; `scope` is the process, or none for
+    /// every process that maps them. Returns how many functions are new.
+    ///
+    /// Returns come first (without its beginning a return is ignored), then releases, then what
+    /// makes blocks: when the first block is counted, its release is already watched.
+    pub fn place(
+        &mut self,
+        kernel: &mut Kernel,
+        pid: Pid,
+        scope: Option<NonZeroU32>,
+        maps: &Maps,
+        looked_at: &[LookedAt],
+    ) -> Result<usize, KernelError> {
+        let mut leaves = Vec::new();
+        let mut exits = HashSet::new();
+        let mut frees = Vec::new();
+        let mut enters = Vec::new();
+        // Held until every probe is placed: their paths lead through these descriptors.
+        let mut files = Vec::new();
+        let before = self.functions;
+        for file in looked_at {
+            let Ok(plan) = &file.plan else { continue };
+            if self.files.contains(&file.id)
+                || (plan.probes.is_empty() && plan.library_event.is_none())
+            {
+                continue;
+            }
+            let Some(mapping) = maps
+                .iter()
+                .find(|mapping| mapping.permissions.execute && mapping.file_id() == Some(file.id))
+            else {
+                continue;
+            };
+            let opened = match MappedFile::open(pid, mapping) {
+                Ok(opened) => opened,
+                Err(error) => {
+                    self.failed.push((file.path.display().to_string(), error.to_string()));
+                    continue;
+                }
+            };
+            let path = opened.probe_path();
+            files.push(opened);
+            self.files.insert(file.id);
+            if let Some(offset) = plan.library_event {
+                leaves.push(Placement {
+                    program: Program::LibrariesChanged,
+                    path: path.clone(),
+                    file: file.id,
+                    offset,
+                    cookie: 0,
+                    function: "_dl_debug_state".to_owned(),
+                });
+            }
+            for probe in &plan.probes {
+                self.functions += 1;
+                let site = |program, offset| Placement {
+                    program,
+                    path: path.clone(),
+                    file: file.id,
+                    offset,
+                    cookie: probe.enter_cookie.pack(),
+                    function: probe.function.clone(),
+                };
+                if let Some(offset) = probe.leave_file_offset {
+                    leaves.push(site(Program::AllocLeave, offset));
+                }
+                // Functions may share their ends.
+                for &offset in &probe.exit_file_offsets {
+                    if exits.insert((file.id, offset)) {
+                        leaves.push(site(Program::AllocExit, offset));
+                    }
+                }
+                if probe.role == Role::Free {
+                    frees.push(site(Program::FreeEnter, probe.enter_file_offset));
+                } else {
+                    enters.push(site(Program::AllocEnter, probe.enter_file_offset));
+                }
+            }
+        }
+        for place in leaves.into_iter().chain(frees).chain(enters) {
+            match kernel.place(place.program, &place.path, place.offset, place.cookie, scope) {
+                Ok(link) => {
+                    self.links.push(link);
+                    self.sites.insert((place.file, place.offset));
+                }
+                Err(error) => self.failed.push((place.function, error.to_string())),
+            }
+        }
+        drop(files);
+        Ok(self.functions - before)
+    }
+}

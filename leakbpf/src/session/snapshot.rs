@@ -1,0 +1,331 @@
+//! From the kernel side's maps to a [`Profile`].
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    io,
+    sync::Arc,
+};
+
+use leakbpf_common::abi::{BlockKey, Loss, Owner, StackId};
+
+use super::{
+    fold::Folded,
+    life::{Life, PlacedFrame, Stack},
+    modules::Modules,
+};
+use crate::{
+    probe::{
+        kernel::{Kernel, KernelError},
+        tables::Walk,
+    },
+    profile::{
+        Block, BlockFilter, Counters, Frame, ModuleId, ProcessId, Site, SiteId, SiteKind,
+        StackOutcome,
+    },
+    symbolize::perf_map::PerfMap,
+};
+
+/// Stack of a site as it is told apart from others: by code, not by address.
+type Code = Arc<[(Option<ModuleId>, u64)]>;
+
+/// The sites of a session, in the order in which they were met.
+#[derive(Default)]
+pub struct Sites {
+    sites: Vec<Known>,
+    by_code: HashMap<(ProcessId, SiteKind, StackOutcome, Code), SiteId>,
+    by_stack: HashMap<(Owner, StackId, SiteKind), SiteId>,
+    jit: HashMap<ProcessId, Option<PerfMap>>,
+    /// What ended lives hold, whose blocks are listed no more.
+    folded: BTreeMap<SiteId, Folded>,
+}
+
+struct Known {
+    process: ProcessId,
+    kind: SiteKind,
+    outcome: StackOutcome,
+    placed: Vec<PlacedFrame>,
+    /// Named at the first snapshot that shows it.
+    named: Option<Arc<[Frame]>>,
+}
+
+/// What the maps hold at one moment, by site.
+pub struct Census {
+    pub sites: Vec<Site>,
+    /// Sites that hold or held memory and whose stack never came.
+    pub stacks_missing: u64,
+}
+
+impl Sites {
+    fn of(
+        &mut self,
+        lives: &[Life],
+        life: ProcessId,
+        stack: StackId,
+        kind: SiteKind,
+    ) -> (SiteId, bool) {
+        let Some(owner) = lives.get(life.0).map(|life| life.owner) else {
+            return (SiteId(0), false);
+        };
+        if let Some(&site) = self.by_stack.get(&(owner, stack, kind)) {
+            return (site, true);
+        }
+        let known = lives.get(life.0).and_then(|life| life.stacks.get(&stack));
+        let site = self.of_code(life, kind, known.cloned().unwrap_or_else(Stack::lost));
+        // A stack that has not come yet is asked for again at the next snapshot.
+        let expected = stack != StackId::LOST;
+        if known.is_some() || !expected {
+            self.by_stack.insert((owner, stack, kind), site);
+        }
+        (site, known.is_some() || !expected)
+    }
+
+    fn of_code(&mut self, process: ProcessId, kind: SiteKind, placed: Stack) -> SiteId {
+        let code: Code = placed.frames.iter().map(|frame| (frame.module, frame.svma)).collect();
+        let next = SiteId(self.sites.len());
+        let site = *self.by_code.entry((process, kind, placed.outcome, code)).or_insert(next);
+        if site == next {
+            self.sites.push(Known {
+                process,
+                kind,
+                outcome: placed.outcome,
+                placed: placed.frames,
+                named: None,
+            });
+        }
+        site
+    }
+
+    /// Adds what a site of an ended life holds, once and for all.
+    pub fn keep(&mut self, process: ProcessId, kind: SiteKind, stack: Stack, folded: &Folded) {
+        let site = self.of_code(process, kind, stack);
+        self.folded.entry(site).or_default().add(folded);
+    }
+
+    /// Lets go of the stacks of lives that are over.
+    pub fn forget(&mut self, over: impl Fn(&Owner) -> bool) {
+        self.by_stack.retain(|(owner, _, _), _| !over(owner));
+    }
+
+    /// Counts everything that is outstanding. `now_ns` is `CLOCK_MONOTONIC`.
+    pub fn census(
+        &mut self,
+        kernel: &Kernel,
+        lives: &[Life],
+        by_owner: &HashMap<Owner, ProcessId>,
+        filter: BlockFilter,
+        now_ns: u64,
+    ) -> Result<Census, KernelError> {
+        let failed = |map| move |source: io::Error| KernelError::Map { map, source };
+        let mut stacks_missing = 0;
+        let mut counters: BTreeMap<SiteId, Site> = BTreeMap::new();
+
+        for entry in kernel.sites.walk() {
+            let (key, value) = entry.map_err(failed("SITES"))?;
+            let Some(&life) = by_owner.get(&key.owner) else { continue };
+            if value.allocated_count == 0 {
+                continue;
+            }
+            let (id, complete) = self.of(lives, life, key.stack, SiteKind::Heap);
+            stacks_missing += u64::from(!complete);
+            let replaced = lives.get(life.0).is_some_and(Life::replaced);
+            self.entry(&mut counters, id).counters.add(&Counters {
+                allocated_bytes: value.allocated_bytes,
+                allocated_count: value.allocated_count,
+                freed_bytes: if replaced { value.allocated_bytes } else { value.freed_bytes },
+                freed_count: if replaced { value.allocated_count } else { value.freed_count },
+                ..Counters::default()
+            });
+        }
+        for (index, life) in lives.iter().enumerate() {
+            for ((stack, kind), value) in life.mappings.counters() {
+                let (id, complete) = self.of(lives, ProcessId(index), stack, kind);
+                stacks_missing += u64::from(!complete);
+                let mut value = value;
+                value.live_bytes = 0;
+                value.live_count = 0;
+                if life.replaced() {
+                    value.freed_bytes = value.allocated_bytes;
+                    value.freed_count = value.allocated_count;
+                }
+                self.entry(&mut counters, id).counters.add(&value);
+            }
+        }
+        for (&id, folded) in &self.folded {
+            let site = self.entry(&mut counters, id);
+            site.counters.add(&folded.counters);
+            if let Some((oldest, youngest)) = folded.born_ns {
+                site.oldest_age_ns = Some(now_ns.saturating_sub(oldest));
+                site.youngest_age_ns = Some(now_ns.saturating_sub(youngest));
+            }
+        }
+        let mut outstanding = self.outstanding(kernel, lives, by_owner, now_ns)?;
+        while let Some(entry) = outstanding.next() {
+            let block = entry?;
+            if filter.keeps(block.size_bytes, block.age_ns) {
+                let site = outstanding.sites.entry(&mut counters, block.site);
+                site.count_live(block.size_bytes, block.age_ns);
+            }
+        }
+        let sites = (0..self.sites.len())
+            .filter_map(|index| {
+                counters.remove(&SiteId(index)).or_else(|| self.blank(SiteId(index)))
+            })
+            .collect();
+        Ok(Census { sites, stacks_missing })
+    }
+
+    fn blank(&self, id: SiteId) -> Option<Site> {
+        let known = self.sites.get(id.0)?;
+        Some(Site {
+            process: known.process,
+            kind: known.kind,
+            counters: Counters::default(),
+            oldest_age_ns: None,
+            youngest_age_ns: None,
+            outcome: known.outcome,
+            frames: known.named.clone().unwrap_or_else(|| Arc::from([])),
+        })
+    }
+
+    fn entry<'a>(&self, counters: &'a mut BTreeMap<SiteId, Site>, id: SiteId) -> &'a mut Site {
+        counters.entry(id).or_insert_with(|| {
+            self.blank(id).unwrap_or_else(|| Site {
+                process: ProcessId(0),
+                kind: SiteKind::Heap,
+                counters: Counters::default(),
+                oldest_age_ns: None,
+                youngest_age_ns: None,
+                outcome: StackOutcome::Lost,
+                frames: Arc::from([]),
+            })
+        })
+    }
+
+    /// Every outstanding block and mapping, one after the other. Also finds blocks that a
+    /// `realloc` in flight holds aside.
+    pub fn outstanding<'a>(
+        &'a mut self,
+        kernel: &'a Kernel,
+        lives: &'a [Life],
+        by_owner: &'a HashMap<Owner, ProcessId>,
+        now_ns: u64,
+    ) -> Result<Outstanding<'a>, KernelError> {
+        let mut few = Vec::new();
+        for entry in kernel.threads.walk() {
+            let (_, thread) =
+                entry.map_err(|source| KernelError::Map { map: "THREADS", source })?;
+            let depth = (thread.depth as usize).min(thread.calls.len());
+            for call in thread.calls.iter().take(depth).filter(|call| call.aside != 0) {
+                if let Some(&process) = by_owner.get(&call.owner) {
+                    few.push(Block {
+                        process,
+                        site: self.of(lives, process, call.old.stack, SiteKind::Heap).0,
+                        address: call.pointer,
+                        size_bytes: call.old.size_bytes,
+                        age_ns: now_ns.saturating_sub(call.old.born_ns),
+                    });
+                }
+            }
+        }
+        for (index, life) in lives.iter().enumerate().filter(|(_, life)| !life.replaced()) {
+            let process = ProcessId(index);
+            for range in life.mappings.live() {
+                few.push(Block {
+                    process,
+                    site: self.of(lives, process, range.stack, range.kind).0,
+                    address: range.start,
+                    size_bytes: range.length_bytes,
+                    age_ns: now_ns.saturating_sub(range.born_ns),
+                });
+            }
+        }
+        Ok(Outstanding {
+            sites: self,
+            lives,
+            by_owner,
+            now_ns,
+            few: few.into_iter(),
+            blocks: kernel.blocks.walk(),
+        })
+    }
+
+    /// Gives the frames of `sites` their names; those that `wanted` picks, or all.
+    pub fn name(&mut self, sites: &mut [Site], lives: &[Life], modules: &mut Modules) {
+        for (known, site) in self.sites.iter_mut().zip(sites) {
+            let frames = known.named.get_or_insert_with(|| {
+                let life = lives.get(known.process.0);
+                known
+                    .placed
+                    .iter()
+                    .map(|frame| {
+                        let symbols = match frame.module {
+                            Some(module) => modules.name(module, frame.svma, !frame.interrupted),
+                            None => {
+                                let map = self.jit.entry(known.process).or_insert_with(|| {
+                                    life.and_then(|life| super::perf_map_of(life.pid()))
+                                });
+                                super::jit_symbols(map.as_ref(), frame.avma)
+                            }
+                        };
+                        Frame {
+                            address: frame.avma,
+                            module: frame.module,
+                            offset: frame.svma,
+                            symbols,
+                        }
+                    })
+                    .collect()
+            });
+            site.frames = frames.clone();
+        }
+    }
+
+    /// JIT code has new names at every snapshot.
+    pub fn forget_jit(&mut self) {
+        self.jit.clear();
+    }
+}
+
+/// See [`Sites::outstanding`].
+pub struct Outstanding<'a> {
+    sites: &'a mut Sites,
+    lives: &'a [Life],
+    by_owner: &'a HashMap<Owner, ProcessId>,
+    now_ns: u64,
+    few: std::vec::IntoIter<Block>,
+    blocks: Walk<'a, BlockKey, leakbpf_common::abi::Block>,
+}
+
+impl Iterator for Outstanding<'_> {
+    type Item = Result<Block, KernelError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if let Some(block) = self.few.next() {
+            return Some(Ok(block));
+        }
+        loop {
+            let (key, block) = match self.blocks.next()? {
+                Ok(entry) => entry,
+                Err(source) => return Some(Err(KernelError::Map { map: "BLOCKS", source })),
+            };
+            // Blocks of a life that the session does not list: gone by exec, or not followed.
+            let Some(&process) = self.by_owner.get(&key.owner) else { continue };
+            if self.lives.get(process.0).is_none_or(Life::replaced) {
+                continue;
+            }
+            let (site, _) = self.sites.of(self.lives, process, block.stack, SiteKind::Heap);
+            return Some(Ok(Block {
+                process,
+                site,
+                address: key.address,
+                size_bytes: block.size_bytes,
+                age_ns: self.now_ns.saturating_sub(block.born_ns),
+            }));
+        }
+    }
+}
+
+/// Losses by name, all present.
+pub fn loss_names(losses: &[u64; Loss::ALL.len()]) -> BTreeMap<String, u64> {
+    Loss::ALL.iter().zip(losses).map(|(loss, &count)| (loss.name().to_owned(), count)).collect()
+}

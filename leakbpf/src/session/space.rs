@@ -1,0 +1,194 @@
+//! One address space over time: which code was at an address when a stack was taken there.
+
+use std::collections::VecDeque;
+
+use crate::{
+    process::maps::{Backing, FileId, Maps},
+    profile::StackOutcome,
+};
+use leakbpf_common::abi::Outcome;
+
+/// Address lists kept of one process. Each `dlopen` and `dlclose` makes one; a stack may have been
+/// taken several of them ago.
+const KEPT: usize = 32;
+
+/// What an address belongs to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// A mapped file, and the offset in it.
+    File { id: FileId, file_offset: u64 },
+    /// The kernel's own page of code; offset from its beginning.
+    Vdso { offset: u64 },
+    /// Executable memory without a file: code made at run time.
+    Anonymous,
+}
+
+/// A stack whose frames have been checked against the address space.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlacedStack {
+    pub frames: Vec<(u64, Place)>,
+    pub outcome: StackOutcome,
+}
+
+/// Lists of mappings, each from the moment that the libraries changed.
+#[derive(Debug, Clone, Default)]
+pub struct Space {
+    /// Rising by epoch.
+    lists: VecDeque<(u32, Maps)>,
+}
+
+impl Space {
+    pub fn new(library_epoch: u32, maps: Maps) -> Self {
+        let mut space = Self::default();
+        space.learn(library_epoch, maps);
+        space
+    }
+
+    /// Adds a list that was read while `library_epoch` was the current one.
+    pub fn learn(&mut self, library_epoch: u32, maps: Maps) {
+        if maps.is_empty() {
+            return;
+        }
+        // A list is read some time after the change that it is to show: two of one epoch can
+        // differ, and both were true.
+        match self.lists.back_mut() {
+            Some((epoch, known)) if *known == maps => *epoch = library_epoch.max(*epoch),
+            _ => self.lists.push_back((library_epoch, maps)),
+        }
+        if self.lists.len() > KEPT {
+            self.lists.pop_front();
+        }
+    }
+
+    pub fn epoch(&self) -> Option<u32> {
+        self.lists.back().map(|(epoch, _)| *epoch)
+    }
+
+    /// The newest list.
+    pub fn maps(&self) -> Option<&Maps> {
+        self.lists.back().map(|(_, maps)| maps)
+    }
+
+    /// Whether a list of this epoch or a later one is known and knows every frame.
+    pub fn covers(&self, library_epoch: u32, frames: &[u64]) -> bool {
+        self.epoch().is_some_and(|epoch| epoch >= library_epoch)
+            && frames.iter().all(|&avma| self.place(library_epoch, avma).is_some())
+    }
+
+    /// Looks first in the list of the stack's own time, then in later ones, then in earlier ones:
+    /// a list can be read only after the change that it shows.
+    fn place(&self, library_epoch: u32, avma: u64) -> Option<(Place, bool)> {
+        let later = self.lists.iter().filter(|(epoch, _)| *epoch >= library_epoch);
+        let earlier = self.lists.iter().rev().filter(|(epoch, _)| *epoch < library_epoch);
+        later.chain(earlier).find_map(|(_, maps)| {
+            let mapping = maps.find(avma)?;
+            let offset = avma.checked_sub(mapping.start_avma)?;
+            let place = match &mapping.backing {
+                Backing::File { id, .. } => {
+                    Place::File { id: *id, file_offset: mapping.file_offset.checked_add(offset)? }
+                }
+                Backing::Special(name) if name == "[vdso]" => Place::Vdso { offset },
+                Backing::Special(name) if name == "[uprobes]" => {
+                    return Some((Place::Anonymous, true));
+                }
+                Backing::Special(_) | Backing::Anonymous => Place::Anonymous,
+            };
+            mapping.permissions.execute.then_some((place, false))
+        })
+    }
+
+    /// Gives each frame its place. A frame that points to no code ends the stack: a frame pointer
+    /// was not one. The first frame is always right and is kept even when its library is gone.
+    pub fn place_stack(&self, library_epoch: u32, outcome: Outcome, frames: &[u64]) -> PlacedStack {
+        let mut placed = Vec::with_capacity(frames.len());
+        for (depth, &avma) in frames.iter().enumerate() {
+            match self.place(library_epoch, avma) {
+                Some((_, true)) => {
+                    return PlacedStack { frames: placed, outcome: StackOutcome::Trampoline };
+                }
+                Some((place, false)) => placed.push((avma, place)),
+                None if depth == 0 => placed.push((avma, Place::Anonymous)),
+                None => {
+                    return PlacedStack { frames: placed, outcome: StackOutcome::BadAddress };
+                }
+            }
+        }
+        let outcome = match outcome {
+            Outcome::Complete => StackOutcome::Complete,
+            Outcome::Truncated => StackOutcome::Truncated,
+            Outcome::NoFramePointer => StackOutcome::NoFramePointer,
+            Outcome::Unreadable => StackOutcome::Unreadable,
+            Outcome::Lost => StackOutcome::Lost,
+            Outcome::NoRow => StackOutcome::NoRow,
+            Outcome::BadAddress => StackOutcome::BadAddress,
+            Outcome::Trampoline => StackOutcome::Trampoline,
+            Outcome::StackNotGrowing => StackOutcome::StackNotGrowing,
+            Outcome::UnsupportedRule => StackOutcome::UnsupportedRule,
+        };
+        PlacedStack { frames: placed, outcome }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BEFORE: &[u8] = b"\
+1000-2000 r-xp 00000000 08:01 11 /usr/bin/a\n\
+2000-3000 rw-p 00000000 00:00 0 \n\
+5000-6000 r-xp 00003000 08:01 12 /usr/lib/b.so\n\
+7000-8000 --xp 00000000 00:00 0 [uprobes]\n";
+    const AFTER: &[u8] = b"\
+1000-2000 r-xp 00000000 08:01 11 /usr/bin/a\n\
+5000-6000 r-xp 00000000 08:01 13 /usr/lib/c.so\n";
+
+    fn space() -> Space {
+        let mut space = Space::new(1, Maps::parse(BEFORE).expect("valid"));
+        space.learn(2, Maps::parse(AFTER).expect("valid"));
+        space
+    }
+
+    fn inode(stack: &PlacedStack, frame: usize) -> u64 {
+        match &stack.frames[frame].1 {
+            Place::File { id, .. } => id.inode,
+            other => panic!("no file: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_same_address_is_another_library_after_a_dlclose() {
+        let before = space().place_stack(1, Outcome::Complete, &[0x5010]);
+        let after = space().place_stack(2, Outcome::Complete, &[0x5010]);
+        assert_eq!((inode(&before, 0), inode(&after, 0)), (12, 13));
+        assert_eq!(
+            before.frames[0].1,
+            Place::File {
+                id: match before.frames[0].1 {
+                    Place::File { id, .. } => id,
+                    _ => unreachable!(),
+                },
+                file_offset: 0x3010
+            }
+        );
+    }
+
+    #[test]
+    fn a_frame_that_is_not_code_ends_the_stack() {
+        let stack = space().place_stack(1, Outcome::Complete, &[0x1010, 0x2010, 0x1020]);
+        assert_eq!(stack.frames.len(), 1);
+        assert_eq!(stack.outcome, StackOutcome::BadAddress);
+    }
+
+    #[test]
+    fn a_foreign_return_probe_ends_the_stack() {
+        let stack = space().place_stack(1, Outcome::Complete, &[0x1010, 0x7000, 0x1020]);
+        assert_eq!((stack.frames.len(), stack.outcome), (1, StackOutcome::Trampoline));
+    }
+
+    #[test]
+    fn the_immediate_caller_is_kept_whatever_it_is() {
+        let stack = space().place_stack(1, Outcome::NoFramePointer, &[0x9999]);
+        assert_eq!(stack.frames, [(0x9999, Place::Anonymous)]);
+        assert_eq!(stack.outcome, StackOutcome::NoFramePointer);
+    }
+}

@@ -1,0 +1,338 @@
+//! What the kernel side walks stacks with: each executable file's table once, however many
+//! processes map it, and each process's list of mappings.
+//!
+//! Memory is bounded: a file whose table does not fit any more is walked by frame pointers, and
+//! counted.
+
+use std::{
+    collections::{HashMap, HashSet},
+    ops::Range,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use leakbpf_common::{
+    abi::Owner,
+    table::{AddressSpace, ExecutableMapping, MAPPINGS_MAX, TABLES_MAX, no_table},
+};
+
+use crate::{
+    elf::image::{Image, Segment, Source},
+    probe::unwind_maps::{UnloadedTable, UnwindMaps},
+    process::{
+        Pid,
+        mapped_file::MappedFile,
+        maps::{Backing, FileId, Mapping, Maps},
+    },
+    symbolize::vdso,
+    unwind::{Packed, Table},
+};
+
+/// Kernel memory for all tables together. 400 libraries of a desktop take some 40 MB.
+const TABLE_BYTES_MAX: usize = 192 << 20;
+
+/// Code made at run time comes and goes within such a reach of itself (V8's code range); it is
+/// listed as one mapping.
+const RUN_TIME_CODE_REACH_BYTES: u64 = 512 << 20;
+
+/// Whose table it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Origin {
+    File(FileId),
+    /// The kernel's own page of code, the same in every process.
+    Vdso,
+}
+
+/// A table that the kernel side has.
+#[derive(Debug)]
+struct Loaded {
+    serial: u32,
+    bytes: usize,
+    svma: Range<u64>,
+    /// Executable ones.
+    segments: Vec<Segment>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    /// `None` for files without rows, and for those whose table did not fit.
+    loaded: Option<Loaded>,
+    users: usize,
+}
+
+/// What the kernel side knows of a process.
+#[derive(Debug)]
+struct Told {
+    uses: HashSet<Origin>,
+    mappings: Vec<ExecutableMapping>,
+}
+
+/// See the module's documentation.
+#[derive(Debug, Default)]
+pub struct Unwinding {
+    tables: HashMap<Origin, Shared>,
+    told: HashMap<Owner, Told>,
+    serials: Serials,
+    bytes: usize,
+    /// Copied, not loaded yet.
+    unloaded: Vec<UnloadedTable>,
+    /// Files whose table did not fit.
+    pub tables_full: u64,
+    /// Lists of mappings that did not fit their map.
+    pub spaces_full: u64,
+}
+
+/// Serial numbers of tables; see [`TABLES_MAX`].
+#[derive(Debug, Default)]
+struct Serials {
+    last: u32,
+    /// Positions, not serial numbers.
+    taken: HashSet<u32>,
+    /// Of tables that the kernel side no longer has.
+    returned: Arc<Mutex<Vec<u32>>>,
+}
+
+impl Serials {
+    /// `None` when as many tables are loaded as there is room for, or when all numbers are used up.
+    fn take(&mut self) -> Option<u32> {
+        let count = TABLES_MAX as u32;
+        let returned =
+            std::mem::take(&mut *self.returned.lock().unwrap_or_else(PoisonError::into_inner));
+        for serial in returned {
+            self.give_back(serial);
+        }
+        if self.taken.len() >= TABLES_MAX || self.last >= no_table::TRAMPOLINE - count {
+            return None;
+        }
+        loop {
+            self.last += 1;
+            if self.taken.insert(self.last % count) {
+                return Some(self.last);
+            }
+        }
+    }
+
+    fn give_back(&mut self, serial: u32) {
+        self.taken.remove(&(serial % TABLES_MAX as u32));
+    }
+}
+
+impl Unwinding {
+    /// Tells the kernel side what code a process has: replaces the list of its mappings, loads the
+    /// tables of files that are new, and drops those that nobody uses any more.
+    pub fn refresh(&mut self, kernel: &UnwindMaps, owner: Owner, pid: Pid, maps: &Maps) {
+        if maps.is_empty() {
+            return;
+        }
+        let mut list = List::default();
+        let mut used = HashSet::new();
+        for mapping in maps.iter().filter(|mapping| mapping.permissions.execute) {
+            let origin = match &mapping.backing {
+                Backing::File { id, .. } => Origin::File(*id),
+                Backing::Special(name) if name == "[vdso]" => Origin::Vdso,
+                Backing::Special(name) if name == "[uprobes]" => {
+                    list.push(mapping.start_avma..mapping.end_avma, no_table::TRAMPOLINE, 0);
+                    continue;
+                }
+                Backing::Special(_) | Backing::Anonymous => {
+                    list.run_time_code(mapping.start_avma..mapping.end_avma);
+                    continue;
+                }
+            };
+            self.load(kernel, origin, pid, mapping);
+            used.insert(origin);
+            let table = self.tables.get(&origin).and_then(|shared| shared.loaded.as_ref());
+            list.module(mapping, origin, table);
+        }
+        let mappings = list.chosen();
+        let known = self.told.get(&owner).is_some_and(|told| told.mappings == mappings);
+        if !known && kernel.set_space(&space(owner, &mappings)).is_err() {
+            self.spaces_full += 1;
+        }
+        kernel.load(std::mem::take(&mut self.unloaded));
+        for origin in &used {
+            if let Some(shared) = self.tables.get_mut(origin) {
+                shared.users += 1;
+            }
+        }
+        if let Some(before) = self.told.insert(owner, Told { uses: used, mappings }) {
+            self.release(kernel, before.uses);
+        }
+    }
+
+    /// A process has ended, or begun another life.
+    pub fn forget(&mut self, kernel: &UnwindMaps, owner: Owner) {
+        // Gone already when the process never had a list.
+        let _ = kernel.remove_space(owner);
+        if let Some(told) = self.told.remove(&owner) {
+            self.release(kernel, told.uses);
+        }
+    }
+
+    /// Kernel memory that the tables take.
+    pub fn table_bytes(&self) -> usize {
+        self.bytes
+    }
+
+    fn release(&mut self, kernel: &UnwindMaps, origins: HashSet<Origin>) {
+        let mut unused = Vec::new();
+        for origin in origins {
+            let Some(shared) = self.tables.get_mut(&origin) else { continue };
+            shared.users = shared.users.saturating_sub(1);
+            if shared.users > 0 {
+                continue;
+            }
+            if let Some(Shared { loaded: Some(loaded), .. }) = self.tables.remove(&origin) {
+                self.bytes -= loaded.bytes;
+                unused.push(loaded.serial);
+            }
+        }
+        if !unused.is_empty() {
+            let returned = Arc::clone(&self.serials.returned);
+            kernel.unload(unused, move |serial| {
+                returned.lock().unwrap_or_else(PoisonError::into_inner).push(serial);
+            });
+        }
+    }
+
+    fn load(&mut self, kernel: &UnwindMaps, origin: Origin, pid: Pid, mapping: &Mapping) {
+        if self.tables.contains_key(&origin) {
+            return;
+        }
+        let loaded = match packed(origin, pid, mapping) {
+            None => None,
+            Some((packed, segments)) => {
+                let loaded = self.give(kernel, &packed, segments);
+                self.tables_full += u64::from(loaded.is_none());
+                loaded
+            }
+        };
+        self.tables.insert(origin, Shared { loaded, users: 0 });
+    }
+
+    /// `None` when there is no room.
+    fn give(
+        &mut self,
+        kernel: &UnwindMaps,
+        packed: &Packed,
+        segments: Vec<Segment>,
+    ) -> Option<Loaded> {
+        let bytes = packed.size_bytes();
+        if self.bytes + bytes > TABLE_BYTES_MAX {
+            return None;
+        }
+        let serial = self.serials.take()?;
+        match kernel.copy(serial, &packed.blocks) {
+            Ok(table) => self.unloaded.push(table),
+            Err(_) => {
+                self.serials.give_back(serial);
+                return None;
+            }
+        }
+        self.bytes += bytes;
+        Some(Loaded { serial, bytes, svma: packed.svma.clone(), segments })
+    }
+}
+
+fn space(owner: Owner, mappings: &[ExecutableMapping]) -> AddressSpace {
+    let mut space = AddressSpace { owner, ..AddressSpace::default() };
+    for (slot, mapping) in space.mappings.iter_mut().zip(mappings) {
+        *slot = *mapping;
+        space.count += 1;
+    }
+    space
+}
+
+/// A file's table and its executable segments; `None` for files that cannot be read or have none.
+fn packed(origin: Origin, pid: Pid, mapping: &Mapping) -> Option<(Packed, Vec<Segment>)> {
+    let source = match origin {
+        Origin::File(_) => {
+            let opened = MappedFile::open(pid, mapping).ok()?;
+            Source::File(opened.file().try_clone().ok()?)
+        }
+        Origin::Vdso => Source::Memory(vdso::image_bytes()?),
+    };
+    let image = Image::open(source).ok()?;
+    let table = Table::of_image(&image).ok()?;
+    let packed = Packed::new(&table).ok()??;
+    let segments = image.segments().iter().copied().filter(Segment::is_code).collect();
+    Some((packed, segments))
+}
+
+/// The address that a file states for a byte of one of its executable mappings, which begin at
+/// the page that their segment begins in.
+fn svma(segments: &[Segment], file_offset: u64) -> Option<u64> {
+    const PAGE: u64 = 4096;
+    segments.iter().find_map(|segment| {
+        let end = segment.offset.checked_add(segment.file_bytes)?;
+        let begin = segment.offset & !(PAGE - 1);
+        let inside = (begin..end).contains(&file_offset);
+        inside.then(|| segment.address.wrapping_sub(segment.offset).wrapping_add(file_offset))
+    })
+}
+
+/// A list of mappings in the making.
+#[derive(Debug, Default)]
+struct List {
+    mappings: Vec<ExecutableMapping>,
+}
+
+impl List {
+    fn push(&mut self, avma: Range<u64>, table: u32, offset_bytes: u32) {
+        let length = avma.end.saturating_sub(avma.start);
+        if let Ok(length_bytes) = u32::try_from(length)
+            && length_bytes > 0
+        {
+            let start_avma = avma.start;
+            self.mappings.push(ExecutableMapping {
+                start_avma,
+                length_bytes,
+                table,
+                offset_bytes,
+                pad: 0,
+            });
+        }
+    }
+
+    /// Code of no file; neighbours become one.
+    fn run_time_code(&mut self, avma: Range<u64>) {
+        if let Some(last) = self.mappings.last_mut()
+            && last.table == no_table::FRAME_POINTERS
+            && avma.end.saturating_sub(last.start_avma) <= RUN_TIME_CODE_REACH_BYTES
+        {
+            last.length_bytes = (avma.end - last.start_avma) as u32;
+            return;
+        }
+        self.push(avma, no_table::FRAME_POINTERS, 0);
+    }
+
+    /// A mapping of a file, or of the vDSO. What its table does not answer for is code without
+    /// rows.
+    fn module(&mut self, mapping: &Mapping, origin: Origin, table: Option<&Loaded>) {
+        let avma = mapping.start_avma..mapping.end_avma;
+        let file_offset = if origin == Origin::Vdso { 0 } else { mapping.file_offset };
+        let Some((table, start)) = table
+            .and_then(|table| Some((table, svma(&table.segments, file_offset)?)))
+            .filter(|(table, start)| *start < table.svma.end)
+        else {
+            self.push(avma, no_table::FRAME_POINTERS, 0);
+            return;
+        };
+        let first = avma.start.saturating_add(table.svma.start.saturating_sub(start)).min(avma.end);
+        let last = avma.start.saturating_add(table.svma.end - start).min(avma.end).max(first);
+        let offset = start.saturating_sub(table.svma.start);
+        self.push(avma.start..first, no_table::FRAME_POINTERS, 0);
+        if let Ok(offset) = u32::try_from(offset) {
+            self.push(first..last, table.serial, offset);
+        }
+        self.push(last..avma.end, no_table::FRAME_POINTERS, 0);
+    }
+
+    /// Those that fit; when there are too many, those with a table.
+    fn chosen(mut self) -> Vec<ExecutableMapping> {
+        if self.mappings.len() > MAPPINGS_MAX {
+            self.mappings.retain(|mapping| mapping.table != no_table::FRAME_POINTERS);
+        }
+        self.mappings.truncate(MAPPINGS_MAX);
+        self.mappings
+    }
+}

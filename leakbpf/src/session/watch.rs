@@ -1,0 +1,534 @@
+//! The processes of a session: taking them in, following them through fork, exec and `dlopen`,
+//! letting them go.
+
+use std::{
+    collections::{HashMap, HashSet},
+    num::NonZeroU32,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use leakbpf_common::abi::{
+    ExecRecord, ForkRecord, LibrariesRecord, Owner, ProcessState, UnmappedRecord, process_flags,
+};
+
+use super::{
+    SessionError,
+    life::{ENDED_BY_EXEC, Life},
+    modules::Modules,
+    placement::{LookedAt, Placed, Plans},
+    space::Space,
+    unwinding::Unwinding,
+};
+use crate::{
+    ledger::ranges::{MappingLosses, Mappings},
+    probe::{attach::Link, kernel::Kernel, records::Record},
+    process::{
+        Pid,
+        exit::{ExitWatch, ExitWatchError},
+        maps::{Backing, Maps},
+        status::Identity,
+    },
+    profile::{Event, Process, ProcessId},
+};
+
+/// Most events that are listed: a session of days must not fill the agent's memory.
+const MAX_EVENTS: usize = 4096;
+
+/// Children that are listed one by one when they were seen late; the rest are only counted.
+const LATE_CHILDREN_LISTED: u64 = 10;
+
+/// Probes that may be waiting to be taken away before children that come get none. The kernel
+/// takes some 70 ms for each, one after the other, and placing one waits for the same lock.
+const MAX_DETACHING: usize = 32;
+
+/// A process that was taken in.
+pub struct Attached {
+    pub pid: Pid,
+    pub functions: usize,
+    pub probes: usize,
+    pub looked_at: Vec<LookedAt>,
+}
+
+/// Everything that is known of the watched processes.
+pub struct Watch {
+    pub kernel: Kernel,
+    pub lives: Vec<Life>,
+    pub by_owner: HashMap<Owner, ProcessId>,
+    pub modules: Modules,
+    pub events: Vec<Event>,
+    /// Children that had used an allocator before their own probes were in place.
+    pub children_seen_late: u64,
+    pub mapping_losses: u64,
+    pub unwinding: Unwinding,
+    /// Lives whose mappings were read again: see [`Watch::take_in_mappings`].
+    changed: HashSet<Owner>,
+    plans: Plans,
+    /// By process id; system-wide probes are under 0.
+    placed: HashMap<u32, Placed>,
+    exits: tokio::sync::mpsc::UnboundedSender<(Pid, Owner)>,
+    system_wide: bool,
+    mappings: bool,
+    detacher: Detacher,
+    /// How many of `lives` a profile has listed; their places in the list are fixed.
+    pub listed: usize,
+    /// Of lives that are folded.
+    pub folded_losses: MappingLosses,
+    /// `CLOCK_MONOTONIC` when counting began.
+    pub began_ns: u64,
+}
+
+impl Watch {
+    pub fn new(
+        kernel: Kernel,
+        plans: Plans,
+        system_wide: bool,
+        mappings: bool,
+        exits: tokio::sync::mpsc::UnboundedSender<(Pid, Owner)>,
+    ) -> Self {
+        Self {
+            kernel,
+            lives: Vec::new(),
+            by_owner: HashMap::new(),
+            modules: Modules::new(),
+            events: Vec::new(),
+            children_seen_late: 0,
+            mapping_losses: 0,
+            unwinding: Unwinding::default(),
+            changed: HashSet::new(),
+            plans,
+            placed: HashMap::new(),
+            exits,
+            system_wide,
+            mappings,
+            detacher: Detacher::default(),
+            listed: 0,
+            folded_losses: MappingLosses::default(),
+            began_ns: monotonic_ns(),
+        }
+    }
+
+    /// Counts from now on.
+    pub fn begin(&mut self) -> Result<(), SessionError> {
+        self.began_ns = monotonic_ns();
+        self.kernel.enable(true)?;
+        Ok(())
+    }
+
+    pub fn probes(&self) -> usize {
+        self.placed.values().map(Placed::len).sum()
+    }
+
+    /// Takes a running process in. Its memory is new to the session: only what it allocates from
+    /// now on is known.
+    pub fn attach(&mut self, pid: Pid) -> Result<Attached, SessionError> {
+        let identity = Identity::of(pid)?;
+        let maps = Maps::of(pid)?;
+        let owner = Owner::new(pid.0, generation());
+        let flags = if self.mappings { process_flags::MAPPINGS } else { 0 };
+        self.unwinding.refresh(&self.kernel.unwind, owner, pid, &maps);
+        self.kernel
+            .processes
+            .set(&pid.0, ProcessState { owner, flags, ..ProcessState::default() })
+            .map_err(|source| SessionError::Watch { pid, source })?;
+        self.add_life(owner, identity, maps.clone());
+        self.place(pid, &maps)
+    }
+
+    fn add_life(&mut self, owner: Owner, identity: Identity, maps: Maps) -> ProcessId {
+        let initial_break = program_break(&maps);
+        let start_time = identity.start_time;
+        let pid = identity.pid;
+        let process = Process {
+            pid: identity.pid.0,
+            parent_pid: Some(identity.parent.0),
+            start_time,
+            comm: identity.comm,
+            exe: identity.exe,
+            cmdline: identity.cmdline,
+            cgroup: identity.cgroup,
+            end: None,
+        };
+        let id = ProcessId(self.lives.len());
+        self.lives.push(Life::new(
+            owner,
+            process,
+            Space::new(0, maps),
+            Mappings::new(initial_break),
+        ));
+        self.by_owner.insert(owner, id);
+        self.watch_exit(pid, start_time, owner);
+        id
+    }
+
+    fn watch_exit(&self, pid: Pid, start_time: u64, owner: Owner) {
+        let exits = self.exits.clone();
+        match ExitWatch::open(pid, start_time) {
+            Ok(mut watch) => {
+                tokio::task::spawn_local(async move {
+                    // An error would only mean that the end is noticed at the next interval.
+                    let _ = watch.exited().await;
+                    let _ = exits.send((pid, owner));
+                });
+            }
+            Err(ExitWatchError::Watch { .. }) if pid.proc_path("stat").exists() => {
+                // Out of descriptors: it lives, and its end will be seen when its id is used anew.
+            }
+            Err(_) => {
+                let _ = exits.send((pid, owner));
+            }
+        }
+    }
+
+    fn place(&mut self, pid: Pid, maps: &Maps) -> Result<Attached, SessionError> {
+        // A process that dies right after its first block takes its mapped files along, and with
+        // them the names of its functions.
+        for file in maps.executable_files() {
+            self.modules.of_file(pid, file.id, Some(maps));
+        }
+        let looked_at = self.plans.of(pid, maps);
+        let (key, scope) = match self.system_wide {
+            true => (0, None),
+            false => (pid.0, NonZeroU32::new(pid.0)),
+        };
+        let placed = self.placed.entry(key).or_default();
+        let probes_before = placed.len();
+        let functions = placed.place(&mut self.kernel, pid, scope, maps, &looked_at)?;
+        let probes = placed.len() - probes_before;
+        let failed = std::mem::take(&mut placed.failed);
+        // Whatever fails on a process that is gone (or a zombie, which has no memory) says nothing.
+        if !failed.is_empty() && Maps::of(pid).is_ok_and(|maps| !maps.is_empty()) {
+            for (function, reason) in failed {
+                self.note(Some(pid), format!("no probe on {function}: {reason}"));
+            }
+        }
+        Ok(Attached { pid, functions, probes, looked_at })
+    }
+
+    pub fn note(&mut self, pid: Option<Pid>, text: String) {
+        let text = match self.events.len().cmp(&(MAX_EVENTS - 1)) {
+            std::cmp::Ordering::Less => text,
+            std::cmp::Ordering::Equal => "more happened than is listed".to_owned(),
+            std::cmp::Ordering::Greater => return,
+        };
+        let at_ns = monotonic_ns().saturating_sub(self.began_ns);
+        self.events.push(Event { at_ns, pid: pid.map(|pid| pid.0), text });
+    }
+
+    /// Takes in one record of the kernel side.
+    pub fn take(&mut self, record: Record) {
+        match record {
+            Record::Stack(stack) => {
+                if let Some(id) = self.life_or_stranger(stack.head.owner) {
+                    self.lives[id.0].learn(&stack, &mut self.modules);
+                }
+            }
+            Record::Mapping(record) => {
+                if let Some(id) = self.life_or_stranger(record.head.owner) {
+                    let refused = self.lives[id.0].mappings.apply(&record).is_err();
+                    self.mapping_losses += u64::from(refused);
+                }
+            }
+            Record::Fork(fork) => self.forked(&fork),
+            Record::Exec(exec) => self.executed(&exec),
+            Record::Libraries(change) => self.libraries_changed(&change),
+            Record::Seen(seen) => {
+                self.seen(seen.head.owner);
+            }
+            Record::Unmapped(unmapped) => self.unmapped(&unmapped),
+        }
+    }
+
+    fn life_of(&self, owner: Owner) -> Option<ProcessId> {
+        self.by_owner.get(&owner).copied().filter(|id| id.0 < self.lives.len())
+    }
+
+    /// The life of an owner; one that nobody has announced is taken in when the kernel side counts
+    /// for it. Another thread's record can overtake the announcement, and a full ring buffer can
+    /// swallow it.
+    fn life_or_stranger(&mut self, owner: Owner) -> Option<ProcessId> {
+        if let Some(id) = self.life_of(owner) {
+            return Some(id);
+        }
+        let state = self.kernel.processes.get(&owner.tgid()).ok().flatten()?;
+        let own = state.owner == owner && state.flags & process_flags::BORROWS_MEMORY == 0;
+        own.then(|| self.seen(owner)).flatten()
+    }
+
+    /// A process id that begins a new life has ended its former one, whether or not that was seen.
+    fn end_former_life(&mut self, pid: Pid, successor: Owner, how: &str) {
+        let former = self
+            .lives
+            .iter()
+            .rev()
+            .find(|life| life.pid() == pid && life.owner != successor && !life.ended());
+        if let Some(owner) = former.map(|life| life.owner) {
+            self.end(pid, owner, how);
+        }
+    }
+
+    fn forked(&mut self, fork: &ForkRecord) {
+        // A vfork child uses its parent's memory until its exec.
+        if fork.flags & process_flags::BORROWS_MEMORY != 0
+            || self.by_owner.contains_key(&fork.child)
+        {
+            return;
+        }
+        let pid = Pid(fork.child_tgid);
+        self.end_former_life(pid, fork.child, "exited");
+        let parent = self.life_of(fork.head.owner);
+        let maps = match parent.and_then(|id| self.lives[id.0].space.maps()) {
+            Some(maps) => maps.clone(),
+            None => Maps::of(pid).unwrap_or_default(),
+        };
+        let identity =
+            Identity::of(pid).unwrap_or_else(|_| gone(pid, parent.map(|id| &self.lives[id.0])));
+        let initial_break = parent.and_then(|id| self.lives[id.0].mappings.program_break());
+        let id = self.add_life(fork.child, identity, maps.clone());
+        if initial_break.is_some() {
+            self.lives[id.0].mappings = Mappings::new(initial_break);
+        }
+        // The kernel side has given it its parent's list already; what counts here is the order
+        // in which the agent takes and drops tables, and that waits for the probes.
+        self.changed.insert(fork.child);
+        if self.system_wide {
+            return;
+        }
+        let untouched = self.probes_untouched(fork.head.owner.tgid(), pid, &maps);
+        if self.detacher.pending() > MAX_DETACHING {
+            self.seen_late(pid, "got no probes: too many children come and go");
+            return;
+        }
+        match self.place(pid, &maps) {
+            Ok(_) if untouched => {}
+            // A child that is gone already, or that ran before its probes were in place.
+            _ => self.seen_late(pid, "used its allocator before its probes were in place"),
+        }
+    }
+
+    fn seen_late(&mut self, pid: Pid, how: &str) {
+        self.children_seen_late += 1;
+        match self.children_seen_late.cmp(&LATE_CHILDREN_LISTED) {
+            std::cmp::Ordering::Less => self.note(Some(pid), format!("this child {how}")),
+            std::cmp::Ordering::Equal => {
+                self.note(None, "more children were seen late: the losses count them".to_owned());
+            }
+            std::cmp::Ordering::Greater => {}
+        }
+    }
+
+    /// Whether a forked child still has every breakpoint that it inherited. The kernel takes one
+    /// away when it is first hit in a process that nobody asked to trace (`handler_chain`,
+    /// `unapply_uprobe` in kernel/events/uprobes.c): all there means that none was hit.
+    fn probes_untouched(&self, parent: u32, child: Pid, maps: &Maps) -> bool {
+        let Some(placed) = self.placed.get(&parent) else { return false };
+        placed.all_in_place(child, maps)
+    }
+
+    fn executed(&mut self, exec: &ExecRecord) {
+        let pid = Pid(exec.head.owner.tgid());
+        let mut former = None;
+        if exec.old_flags & process_flags::BORROWS_MEMORY == 0
+            && let Some(id) = self.life_of(exec.old)
+        {
+            former = Some(id);
+            self.lives[id.0].process.end.get_or_insert_with(|| ENDED_BY_EXEC.to_owned());
+            self.unwinding.forget(&self.kernel.unwind, exec.old);
+        }
+        let maps = Maps::of(pid).unwrap_or_default();
+        self.unwinding.refresh(&self.kernel.unwind, exec.head.owner, pid, &maps);
+        let former = former.map(|id| &self.lives[id.0]);
+        let identity = Identity::of(pid).unwrap_or_else(|_| gone(pid, former));
+        self.add_life(exec.head.owner, identity, maps.clone());
+        if self.detacher.pending() > MAX_DETACHING && !self.placed.contains_key(&pid.0) {
+            self.seen_late(pid, "got no probes: too many children come and go");
+            return;
+        }
+        let _ = self.place(pid, &maps);
+    }
+
+    fn libraries_changed(&mut self, change: &LibrariesRecord) {
+        let Some(id) = self.life_of(change.head.owner) else { return };
+        self.lives[id.0].refresh(change.library_epoch);
+        self.changed.insert(change.head.owner);
+    }
+
+    fn seen(&mut self, owner: Owner) -> Option<ProcessId> {
+        let pid = Pid(owner.tgid());
+        if self.by_owner.contains_key(&owner) {
+            return None;
+        }
+        self.end_former_life(pid, owner, "exited");
+        let maps = Maps::of(pid).unwrap_or_default();
+        self.unwinding.refresh(&self.kernel.unwind, owner, pid, &maps);
+        let identity = Identity::of(pid).unwrap_or_else(|_| gone(pid, None));
+        let id = self.add_life(owner, identity, maps.clone());
+        let _ = self.place(pid, &maps);
+        Some(id)
+    }
+
+    /// Does what changed mappings ask for, once for all records of it: libraries that come and go
+    /// fast must be seen while they are there, and that is all that their records do at first.
+    /// Unwind tables come before allocators: the next stack may lead through the new code.
+    pub fn take_in_mappings(&mut self) {
+        let changed: Vec<_> = std::mem::take(&mut self.changed)
+            .into_iter()
+            .filter_map(|owner| {
+                let id = self.life_of(owner).filter(|id| !self.lives[id.0].ended())?;
+                let life = &self.lives[id.0];
+                Some((owner, life.pid(), life.space.maps()?.clone()))
+            })
+            .collect();
+        for (owner, pid, maps) in &changed {
+            self.unwinding.refresh(&self.kernel.unwind, *owner, *pid, maps);
+        }
+        for (_, pid, maps) in changed {
+            if let Ok(attached) = self.place(pid, &maps)
+                && attached.functions > 0
+            {
+                self.note(Some(pid), format!("{} more allocator functions", attached.functions));
+            }
+        }
+    }
+
+    /// Stacks lead to code that the kernel side does not know: made at run time, mapped without
+    /// the dynamic loader, or not code at all.
+    fn unmapped(&mut self, unmapped: &UnmappedRecord) {
+        let owner = unmapped.head.owner;
+        let Some(id) = self.life_of(owner).filter(|id| !self.lives[id.0].ended()) else { return };
+        let life = &mut self.lives[id.0];
+        life.refresh(unmapped.library_epoch);
+        let mapping = life.space.maps().and_then(|maps| maps.find(unmapped.address));
+        if mapping.is_some_and(|mapping| mapping.permissions.execute) {
+            self.changed.insert(owner);
+        }
+    }
+
+    /// A process has ended. What it had outstanding stays in the books: that is its final state.
+    pub fn exited(&mut self, pid: Pid, owner: Owner) {
+        self.end(pid, owner, "exited");
+    }
+
+    fn end(&mut self, pid: Pid, owner: Owner, how: &str) {
+        let Some(id) = self.life_of(owner) else { return };
+        let life = &mut self.lives[id.0];
+        let replaced = life.process.end.is_some();
+        life.process.end.get_or_insert_with(|| how.to_owned());
+        if !replaced {
+            self.unwinding.forget(&self.kernel.unwind, owner);
+            if let Some(placed) = self.placed.remove(&pid.0) {
+                self.detacher.detach(placed.into_links());
+            }
+            if let Ok(Some(state)) = self.kernel.processes.get(&pid.0)
+                && state.owner == owner
+            {
+                let _ = self.kernel.processes.delete(&pid.0);
+            }
+        }
+    }
+
+    /// Whether every process of the session has ended.
+    pub fn all_ended(&self) -> bool {
+        !self.system_wide && self.lives.iter().all(Life::ended)
+    }
+
+    /// Takes every probe away, in the background: the kernel waits for a grace period with each
+    /// (`perf_uprobe_destroy` in kernel/trace/trace_event_perf.c, some 70 ms), one after the other.
+    pub fn detach(&mut self) {
+        let links: Vec<_> =
+            std::mem::take(&mut self.placed).into_values().flat_map(Placed::into_links).collect();
+        self.detacher.detach(links);
+    }
+
+    /// Probes that are still being taken away.
+    pub fn detaching(&self) -> usize {
+        self.detacher.pending()
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.detach();
+    }
+}
+
+/// A thread that takes probes away, one after the other. Dropping it waits for the last one.
+#[derive(Default)]
+struct Detacher {
+    thread: Option<(std::sync::mpsc::Sender<Vec<Link>>, std::thread::JoinHandle<()>)>,
+    pending: Arc<AtomicUsize>,
+}
+
+impl Detacher {
+    fn pending(&self) -> usize {
+        self.pending.load(Ordering::Relaxed)
+    }
+
+    fn detach(&mut self, links: Vec<Link>) {
+        if links.is_empty() {
+            return;
+        }
+        self.pending.fetch_add(links.len(), Ordering::Relaxed);
+        let pending = &self.pending;
+        let (sender, _) = self.thread.get_or_insert_with(|| {
+            let (sender, receiver) = std::sync::mpsc::channel::<Vec<Link>>();
+            let pending = pending.clone();
+            let thread = std::thread::spawn(move || {
+                for link in receiver.into_iter().flatten() {
+                    drop(link);
+                    pending.fetch_sub(1, Ordering::Relaxed);
+                }
+            });
+            (sender, thread)
+        });
+        // It receives until it is dropped.
+        let _ = sender.send(links);
+    }
+}
+
+impl Drop for Detacher {
+    fn drop(&mut self) {
+        if let Some((sender, thread)) = self.thread.take() {
+            drop(sender);
+            // It only closes descriptors, and has nothing to say.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Generation of a life that the agent begins; those of the kernel side count time, too.
+fn generation() -> u32 {
+    (monotonic_ns() >> 14) as u32
+}
+
+/// `CLOCK_MONOTONIC`, which is the clock of the kernel side.
+pub fn monotonic_ns() -> u64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is to a live timespec.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    let time = Duration::new(now.tv_sec as u64, now.tv_nsec as u32);
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// End of the `[heap]` mapping, which is the program break rounded up to a page.
+fn program_break(maps: &Maps) -> Option<u64> {
+    maps.iter()
+        .find(|mapping| matches!(&mapping.backing, Backing::Special(name) if name == "[heap]"))
+        .map(|mapping| mapping.end_avma)
+}
+
+/// Stands in for a process that ended before it could be looked at.
+fn gone(pid: Pid, parent: Option<&Life>) -> Identity {
+    Identity {
+        pid,
+        parent: parent.map_or(Pid(0), Life::pid),
+        start_time: 0,
+        comm: parent.map_or_else(|| "?".to_owned(), |life| life.process.comm.clone()),
+        exe: parent.map(|life| life.process.exe.clone()).unwrap_or_default(),
+        cmdline: String::new(),
+        cgroup: parent.map(|life| life.process.cgroup.clone()).unwrap_or_default(),
+    }
+}

@@ -1,0 +1,581 @@
+//! Functions, inlined calls and source lines from DWARF.
+//!
+//! Only what an address needs is parsed: an index of the units, then the functions of one unit,
+//! then the inlined calls of one function. What is parsed is kept as plain data and dropped when it
+//! grows; nothing recurses, and each step has a [`Budget`], since the file may have been written to
+//! exhaust whoever reads it.
+//!
+//! Split DWARF (`.dwo` files) is not followed: such code is named by its symbol table.
+
+mod lines;
+mod unit;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use gimli::{
+    Abbreviations, AttributeValue, DebugAbbrevOffset, DebugInfoOffset, DebugLineOffset,
+    EndianSlice, LittleEndian, Section as _, SectionId, UnitOffset,
+};
+
+use crate::elf::image::{Image, ImageError};
+use unit::UnitNames;
+
+type Reader<'a> = EndianSlice<'a, LittleEndian>;
+type Dwarf<'a> = gimli::Dwarf<Reader<'a>>;
+type Unit<'a> = gimli::Unit<Reader<'a>>;
+
+/// The largest compilers' tables have some ten thousand entries.
+const ABBREVIATIONS_MAX_BYTES: usize = 1 << 20;
+const ABBREVIATIONS_KEPT: usize = 64;
+/// Parsed units are dropped beyond this.
+const UNITS_KEPT_BYTES: usize = 16 << 20;
+/// Units that claim the same address and are tried for it.
+const CANDIDATES_MAX: usize = 16;
+/// How far to look back for a unit that is large enough to reach the address.
+const LOOK_BACK: usize = 256;
+/// Spans of units, functions, ranges, rows: each is 16 to 40 bytes in memory.
+const ITEMS_MAX: u64 = 4 << 20;
+const INDEX_TIME_MAX: Duration = Duration::from_secs(10);
+const LOOKUP_TIME_MAX: Duration = Duration::from_secs(2);
+/// For all lookups in one file together: so much, and the time that each is allowed on average,
+/// thirty times what large honest files take.
+const TOTAL_TIME_MAX: Duration = Duration::from_secs(20);
+const LOOKUP_TIME_MEAN_MAX: Duration = Duration::from_millis(1);
+
+#[derive(Debug, thiserror::Error)]
+pub enum DwarfError {
+    #[error("{0}")]
+    Image(#[from] ImageError),
+    #[error("debug information is damaged: {0}")]
+    Damaged(#[from] gimli::Error),
+    #[error("debug information takes more work than an honest file needs")]
+    TooMuchWork,
+}
+
+/// A bound on the work for one answer.
+#[derive(Debug)]
+struct Budget {
+    until: Instant,
+    items: u64,
+    steps: u32,
+}
+
+impl Budget {
+    fn new(time: Duration) -> Budget {
+        Budget { until: Instant::now() + time, items: ITEMS_MAX, steps: 0 }
+    }
+
+    /// Accounts for something that is kept in memory.
+    fn keep(&mut self) -> Result<(), DwarfError> {
+        self.items = self.items.checked_sub(1).ok_or(DwarfError::TooMuchWork)?;
+        self.step()
+    }
+
+    /// Accounts for something that is looked at.
+    fn step(&mut self) -> Result<(), DwarfError> {
+        self.steps = self.steps.wrapping_add(1);
+        if self.steps.is_multiple_of(1024) {
+            self.check_time()?;
+        }
+        Ok(())
+    }
+
+    fn check_time(&self) -> Result<(), DwarfError> {
+        if Instant::now() > self.until {
+            return Err(DwarfError::TooMuchWork);
+        }
+        Ok(())
+    }
+}
+
+/// One function at an address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceFrame {
+    /// Linkage name where there is one, plain name otherwise; not demangled.
+    pub function: Option<Arc<str>>,
+    pub file: Option<Arc<str>>,
+    pub line: Option<u32>,
+}
+
+#[derive(Debug)]
+struct Span {
+    begin: u64,
+    end: u64,
+    /// Index into [`UnitOffsets`].
+    unit: u32,
+}
+
+/// Offsets in `.debug_info`, ascending.
+type UnitOffsets = Vec<usize>;
+
+/// Which file of the two an offset is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Part {
+    Main,
+    /// What `dwz` moved to a file that several debug files share.
+    Alternate,
+}
+
+/// The debug information of one module.
+#[derive(Debug)]
+pub struct DebugInfo {
+    sections: gimli::DwarfSections<Vec<u8>>,
+    alternate: Option<gimli::DwarfSections<Vec<u8>>>,
+    /// Sorted by begin.
+    spans: Vec<Span>,
+    unit_offsets: UnitOffsets,
+    alternate_unit_offsets: UnitOffsets,
+    units: HashMap<u32, UnitNames>,
+    abbreviations: HashMap<(Part, usize), Arc<Abbreviations>>,
+    section_bytes: usize,
+    lookups: u32,
+    spent: Duration,
+}
+
+impl DebugInfo {
+    /// Reads the sections that names need, at most `limit_bytes` together, and finds out which
+    /// unit covers which addresses.
+    pub fn read(
+        image: &Image,
+        alternate: Option<&Image>,
+        limit_bytes: u64,
+    ) -> Result<DebugInfo, DwarfError> {
+        let mut left = limit_bytes;
+        let sections = gimli::DwarfSections::load(|id| load(image, id, &mut left))?;
+        let alternate = alternate
+            .map(|image| gimli::DwarfSections::load(|id| load(image, id, &mut left)))
+            .transpose()?;
+        let mut info = DebugInfo {
+            sections,
+            alternate,
+            spans: Vec::new(),
+            unit_offsets: Vec::new(),
+            alternate_unit_offsets: Vec::new(),
+            units: HashMap::new(),
+            abbreviations: HashMap::new(),
+            section_bytes: (limit_bytes - left) as usize,
+            lookups: 0,
+            spent: Duration::ZERO,
+        };
+        info.index()?;
+        Ok(info)
+    }
+
+    /// Bytes kept in memory, nearly.
+    pub fn size_bytes(&self) -> usize {
+        let units: usize = self.units.values().map(UnitNames::size_bytes).sum();
+        self.section_bytes + units + self.spans.len() * size_of::<Span>()
+    }
+
+    fn index(&mut self) -> Result<(), DwarfError> {
+        let mut budget = Budget::new(INDEX_TIME_MAX);
+        let dwarf = view(&self.sections, self.alternate.as_ref());
+        let mut spans = Vec::new();
+        let mut offsets = Vec::new();
+        let mut shared: Option<(usize, Arc<Abbreviations>)> = None;
+
+        let mut headers = dwarf.units();
+        // Damage ends the list and keeps what was read before it.
+        while let Ok(Some(header)) = headers.next() {
+            budget.keep()?;
+            budget.check_time()?;
+            let Some(DebugInfoOffset(offset)) = header.debug_info_offset() else {
+                continue;
+            };
+            let number = offsets.len() as u32;
+            offsets.push(offset);
+            if !matches!(
+                header.type_(),
+                gimli::UnitType::Compilation | gimli::UnitType::Skeleton(_)
+            ) {
+                continue;
+            }
+            let DebugAbbrevOffset(abbreviations_offset) = header.debug_abbrev_offset();
+            let abbreviations = match &shared {
+                Some((offset, table)) if *offset == abbreviations_offset => table.clone(),
+                _ => match abbreviations(&dwarf, abbreviations_offset) {
+                    Ok(table) => table,
+                    Err(_) => continue,
+                },
+            };
+            shared = Some((abbreviations_offset, abbreviations.clone()));
+            let Ok((unit, root)) = open_unit(&dwarf, header, abbreviations) else {
+                continue;
+            };
+            root.ranges.each(&dwarf, &unit, &mut budget, |begin, end| {
+                spans.push(Span { begin, end, unit: number });
+            })?;
+        }
+        spans.sort_unstable_by_key(|span| (span.begin, span.end));
+        spans.shrink_to_fit();
+
+        let mut alternate_offsets = Vec::new();
+        if let Some(alternate) = dwarf.sup() {
+            let mut headers = alternate.units();
+            while let Ok(Some(header)) = headers.next() {
+                budget.keep()?;
+                alternate_offsets.extend(header.debug_info_offset().map(|offset| offset.0));
+            }
+        }
+        self.spans = spans;
+        self.unit_offsets = offsets;
+        self.alternate_unit_offsets = alternate_offsets;
+        Ok(())
+    }
+
+    /// What was compiled to `svma`, the innermost inlined call first; empty when no unit knows it.
+    pub fn find(&mut self, svma: u64) -> Result<Vec<SourceFrame>, DwarfError> {
+        let allowed = LOOKUP_TIME_MEAN_MAX.saturating_mul(self.lookups);
+        if self.spent > TOTAL_TIME_MAX.saturating_add(allowed) {
+            return Err(DwarfError::TooMuchWork);
+        }
+        self.lookups = self.lookups.saturating_add(1);
+        let began = Instant::now();
+        let frames = self.find_timed(svma);
+        self.spent += began.elapsed();
+        frames
+    }
+
+    fn find_timed(&mut self, svma: u64) -> Result<Vec<SourceFrame>, DwarfError> {
+        let after = self.spans.partition_point(|span| span.begin <= svma);
+        let candidates: Vec<u32> = self
+            .spans
+            .get(..after)
+            .unwrap_or_default()
+            .iter()
+            .rev()
+            .take(LOOK_BACK)
+            .filter(|span| svma < span.end)
+            .map(|span| span.unit)
+            .take(CANDIDATES_MAX)
+            .collect();
+        let mut budget = Budget::new(LOOKUP_TIME_MAX);
+        for number in candidates {
+            let frames = self.find_in_unit(number, svma, &mut budget)?;
+            if !frames.is_empty() {
+                return Ok(frames);
+            }
+        }
+        Ok(Vec::new())
+    }
+
+    fn find_in_unit(
+        &mut self,
+        number: u32,
+        svma: u64,
+        budget: &mut Budget,
+    ) -> Result<Vec<SourceFrame>, DwarfError> {
+        let Some(&offset) = self.unit_offsets.get(number as usize) else {
+            return Ok(Vec::new());
+        };
+        if !self.units.contains_key(&number)
+            && self.units.values().map(UnitNames::size_bytes).sum::<usize>() > UNITS_KEPT_BYTES
+        {
+            self.units.clear();
+        }
+        let mut lookup = Lookup {
+            dwarf: view(&self.sections, self.alternate.as_ref()),
+            unit_offsets: &self.unit_offsets,
+            alternate_unit_offsets: &self.alternate_unit_offsets,
+            abbreviations: &mut self.abbreviations,
+        };
+        self.units.entry(number).or_insert_with(|| UnitNames::new(offset)).find(
+            svma,
+            &mut lookup,
+            budget,
+        )
+    }
+}
+
+/// What finding something in a unit needs besides the unit.
+struct Lookup<'a> {
+    dwarf: Dwarf<'a>,
+    unit_offsets: &'a UnitOffsets,
+    alternate_unit_offsets: &'a UnitOffsets,
+    abbreviations: &'a mut HashMap<(Part, usize), Arc<Abbreviations>>,
+}
+
+impl<'a> Lookup<'a> {
+    fn dwarf(&self, part: Part) -> &Dwarf<'a> {
+        match (part, self.dwarf.sup()) {
+            (Part::Alternate, Some(alternate)) => alternate,
+            _ => &self.dwarf,
+        }
+    }
+
+    /// Opens the unit whose header is at `offset`.
+    fn open(&mut self, part: Part, offset: usize) -> Result<(Unit<'a>, Root<'a>), DwarfError> {
+        let header = self.dwarf(part).unit_header(DebugInfoOffset(offset))?;
+        let DebugAbbrevOffset(table) = header.debug_abbrev_offset();
+        let abbreviations = match self.abbreviations.get(&(part, table)) {
+            Some(known) => known.clone(),
+            None => {
+                let parsed = abbreviations(self.dwarf(part), table)?;
+                if self.abbreviations.len() >= ABBREVIATIONS_KEPT {
+                    self.abbreviations.clear();
+                }
+                self.abbreviations.insert((part, table), parsed.clone());
+                parsed
+            }
+        };
+        open_unit(self.dwarf(part), header, abbreviations)
+    }
+
+    /// The unit that an offset in `.debug_info` lies in.
+    fn unit_around(&self, part: Part, offset: usize) -> Option<usize> {
+        let offsets = match part {
+            Part::Main => self.unit_offsets,
+            Part::Alternate => self.alternate_unit_offsets,
+        };
+        let after = offsets.partition_point(|&unit| unit <= offset);
+        offsets.get(after.checked_sub(1)?).copied()
+    }
+}
+
+/// Address ranges as a DIE states them.
+#[derive(Debug, Clone, Copy, Default)]
+struct Ranges<'a> {
+    low: Option<AttributeValue<Reader<'a>>>,
+    high: Option<AttributeValue<Reader<'a>>>,
+    list: Option<AttributeValue<Reader<'a>>>,
+}
+
+impl<'a> Ranges<'a> {
+    /// Takes up an attribute when it is about ranges.
+    fn take(&mut self, attribute: &gimli::Attribute<Reader<'a>>) {
+        match attribute.name() {
+            gimli::DW_AT_low_pc => self.low = Some(attribute.value()),
+            gimli::DW_AT_high_pc => self.high = Some(attribute.value()),
+            gimli::DW_AT_ranges => self.list = Some(attribute.value()),
+            _ => {}
+        }
+    }
+
+    /// Calls `keep` with begin and end of each range. What a linker dropped is left out: its
+    /// addresses are 0 or near the highest (DWARF issue 200609.1).
+    fn each(
+        &self,
+        dwarf: &Dwarf<'a>,
+        unit: &Unit<'a>,
+        budget: &mut Budget,
+        mut keep: impl FnMut(u64, u64),
+    ) -> Result<(), DwarfError> {
+        let mut take = |begin: u64, end: u64, budget: &mut Budget| {
+            if begin == 0 || begin >= end {
+                return budget.step();
+            }
+            keep(begin, end);
+            budget.keep()
+        };
+        if let Some(list) = self.list {
+            let Ok(Some(mut ranges)) = dwarf.attr_ranges(unit, list) else {
+                return Ok(());
+            };
+            while let Ok(Some(range)) = ranges.next() {
+                take(range.begin, range.end, budget)?;
+            }
+            return Ok(());
+        }
+        let (Some(low), Some(high)) = (self.low, self.high) else {
+            return Ok(());
+        };
+        let Ok(Some(begin)) = dwarf.attr_address(unit, low) else {
+            return Ok(());
+        };
+        let end = match high {
+            AttributeValue::Udata(size) => begin.checked_add(size),
+            high => dwarf.attr_address(unit, high).ok().flatten(),
+        };
+        match end {
+            Some(end) => take(begin, end, budget),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What a unit's first DIE says.
+struct Root<'a> {
+    ranges: Ranges<'a>,
+    lines: Option<DebugLineOffset<usize>>,
+}
+
+/// As `gimli::Dwarf::unit`, but leaves the line program's header alone: with its lists of files it
+/// is most of the cost, and few units' lines are ever asked for.
+fn open_unit<'a>(
+    dwarf: &Dwarf<'a>,
+    header: gimli::UnitHeader<Reader<'a>>,
+    abbreviations: Arc<Abbreviations>,
+) -> Result<(Unit<'a>, Root<'a>), DwarfError> {
+    let encoding = header.encoding();
+    let mut unit = Unit {
+        abbreviations,
+        name: None,
+        comp_dir: None,
+        low_pc: 0,
+        str_offsets_base: gimli::DebugStrOffsetsBase::default_for_encoding_and_file(
+            encoding,
+            dwarf.file_type,
+        ),
+        addr_base: gimli::DebugAddrBase(0),
+        loclists_base: gimli::DebugLocListsBase::default_for_encoding_and_file(
+            encoding,
+            dwarf.file_type,
+        ),
+        rnglists_base: gimli::DebugRngListsBase::default_for_encoding_and_file(
+            encoding,
+            dwarf.file_type,
+        ),
+        line_program: None,
+        dwo_id: None,
+        header,
+    };
+    let mut root = Root { ranges: Ranges::default(), lines: None };
+    let mut directory = None;
+    let mut attributes = Vec::new();
+    {
+        let mut entries = unit.entries_raw(None)?;
+        if let Some(abbreviation) = entries.read_abbreviation()? {
+            for specification in abbreviation.attributes() {
+                attributes.push(entries.read_attribute(*specification)?);
+            }
+        }
+    }
+    for attribute in &attributes {
+        root.ranges.take(attribute);
+        match (attribute.name(), attribute.value()) {
+            (gimli::DW_AT_comp_dir, value) => directory = Some(value),
+            (gimli::DW_AT_stmt_list, AttributeValue::DebugLineRef(offset)) => {
+                root.lines = Some(offset);
+            }
+            (gimli::DW_AT_str_offsets_base, AttributeValue::DebugStrOffsetsBase(base)) => {
+                unit.str_offsets_base = base;
+            }
+            (
+                gimli::DW_AT_addr_base | gimli::DW_AT_GNU_addr_base,
+                AttributeValue::DebugAddrBase(base),
+            ) => unit.addr_base = base,
+            (
+                gimli::DW_AT_rnglists_base | gimli::DW_AT_GNU_ranges_base,
+                AttributeValue::DebugRngListsBase(base),
+            ) => unit.rnglists_base = base,
+            _ => {}
+        }
+    }
+    // Only now, since these may be indices that count from the bases.
+    unit.comp_dir = directory.and_then(|value| dwarf.attr_string(&unit, value).ok());
+    let low = root.ranges.low;
+    if let Some(Ok(Some(low_pc))) = low.map(|low| dwarf.attr_address(&unit, low)) {
+        unit.low_pc = low_pc;
+    }
+    Ok((unit, root))
+}
+
+fn abbreviations(dwarf: &Dwarf, offset: usize) -> Result<Arc<Abbreviations>, DwarfError> {
+    let section = dwarf.debug_abbrev.reader().slice();
+    // A table that does not end would be read to the end of the section for every unit.
+    let end = section.len().min(offset.saturating_add(ABBREVIATIONS_MAX_BYTES));
+    let section = section.get(..end).unwrap_or_default();
+    let section = gimli::DebugAbbrev::new(section, LittleEndian);
+    Ok(Arc::new(section.abbreviations(DebugAbbrevOffset(offset))?))
+}
+
+fn view<'a>(
+    sections: &'a gimli::DwarfSections<Vec<u8>>,
+    alternate: Option<&'a gimli::DwarfSections<Vec<u8>>>,
+) -> Dwarf<'a> {
+    sections.borrow_with_sup(alternate, |bytes| EndianSlice::new(bytes, LittleEndian))
+}
+
+/// Reads a section when names need it; empty when the file has none.
+fn load(image: &Image, id: SectionId, left: &mut u64) -> Result<Vec<u8>, ImageError> {
+    if !matches!(
+        id,
+        SectionId::DebugAbbrev
+            | SectionId::DebugAddr
+            | SectionId::DebugInfo
+            | SectionId::DebugLine
+            | SectionId::DebugLineStr
+            | SectionId::DebugRanges
+            | SectionId::DebugRngLists
+            | SectionId::DebugStr
+            | SectionId::DebugStrOffsets
+    ) {
+        return Ok(Vec::new());
+    }
+    let packed_name = id.name().replacen(".debug", ".zdebug", 1);
+    let Some(section) = image.section(id.name()).or_else(|| image.section(&packed_name)) else {
+        return Ok(Vec::new());
+    };
+    let bytes = image.contents(section, *left)?;
+    *left = left.saturating_sub(bytes.len() as u64);
+    Ok(bytes)
+}
+
+/// Follows names through at most this many references.
+const REFERENCES_MAX: u32 = 16;
+
+/// The name of the function that the DIE at `offset` is, or stands for.
+fn name_of<'a>(
+    lookup: &mut Lookup<'a>,
+    unit: &Unit<'a>,
+    offset: UnitOffset,
+) -> Result<Option<Reader<'a>>, DwarfError> {
+    let mut part = Part::Main;
+    let mut offset = offset;
+    let mut foreign: Option<Unit<'a>> = None;
+    for _ in 0..REFERENCES_MAX {
+        let mut name = None;
+        let mut origin = None;
+        {
+            let unit = foreign.as_ref().unwrap_or(unit);
+            let dwarf = lookup.dwarf(part);
+            let mut entries = unit.entries_raw(Some(offset))?;
+            let Some(abbreviation) = entries.read_abbreviation()? else {
+                return Ok(None);
+            };
+            for specification in abbreviation.attributes() {
+                let attribute = entries.read_attribute(*specification)?;
+                match attribute.name() {
+                    gimli::DW_AT_linkage_name | gimli::DW_AT_MIPS_linkage_name => {
+                        if let Ok(linkage_name) = dwarf.attr_string(unit, attribute.value()) {
+                            return Ok(Some(linkage_name));
+                        }
+                    }
+                    gimli::DW_AT_name => name = dwarf.attr_string(unit, attribute.value()).ok(),
+                    gimli::DW_AT_abstract_origin | gimli::DW_AT_specification => {
+                        origin = Some(attribute.value());
+                    }
+                    _ => {}
+                }
+            }
+        }
+        let (next_part, target) = match (name, origin) {
+            (Some(name), _) => return Ok(Some(name)),
+            (None, Some(AttributeValue::UnitRef(inside))) => {
+                offset = inside;
+                continue;
+            }
+            (None, Some(AttributeValue::DebugInfoRef(DebugInfoOffset(target)))) => (part, target),
+            (None, Some(AttributeValue::DebugInfoRefSup(DebugInfoOffset(target)))) => {
+                (Part::Alternate, target)
+            }
+            _ => return Ok(None),
+        };
+        if next_part == Part::Alternate && lookup.dwarf.sup().is_none() {
+            return Ok(None);
+        }
+        let Some(around) = lookup.unit_around(next_part, target) else {
+            return Ok(None);
+        };
+        let (next, _) = lookup.open(next_part, around)?;
+        let Some(inside) = DebugInfoOffset(target).to_unit_offset(&next.header) else {
+            return Ok(None);
+        };
+        part = next_part;
+        offset = inside;
+        foreign = Some(next);
+    }
+    Ok(None)
+}

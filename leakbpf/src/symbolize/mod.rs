@@ -1,0 +1,167 @@
+//! Names for addresses: functions, inlined calls and source lines of what a stack points to.
+//!
+//! A [`Symbolizer`] is given modules (opened files, so that it does not matter what becomes of
+//! their paths) and answers with [`Symbol`]s. What cannot be read costs its own names only: it is
+//! noted as a [`Problem`] of the module, and the next source of names is tried.
+
+pub mod demangle;
+pub mod dwarf;
+mod module;
+pub mod perf_map;
+pub mod root;
+pub mod symbol_table;
+#[cfg(test)]
+mod tests;
+pub mod vdso;
+
+use std::path::PathBuf;
+
+pub use demangle::demangle;
+use module::Module;
+pub use module::Problem;
+pub use perf_map::PerfMap;
+
+use crate::elf::image::Source;
+use crate::profile::Symbol;
+
+/// A file that code was loaded from.
+#[derive(Debug)]
+pub struct ModuleSource {
+    /// As the target's mount namespace names it; `[vdso]` for the vDSO.
+    pub path: PathBuf,
+    /// An opened file, or [`vdso::image_bytes`].
+    pub image: Source,
+    /// Where the target's paths begin: `/proc/PID/root`. Debug files are looked for below it.
+    pub root: PathBuf,
+}
+
+/// What a symbolizer may use.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Debug information of one module, decompressed. A module with more is named by its symbol
+    /// tables.
+    pub debug_info_bytes: u64,
+    /// For all modules together. The module in use is kept, however large.
+    pub retained_bytes: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits { debug_info_bytes: 256 << 20, retained_bytes: 24 << 20 }
+    }
+}
+
+/// One module of a [`Symbolizer`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ModuleHandle(usize);
+
+/// Names addresses. Fastest when the addresses of one module are asked for together.
+#[derive(Debug)]
+pub struct Symbolizer {
+    limits: Limits,
+    debuginfod_caches: Vec<PathBuf>,
+    modules: Vec<Module>,
+    calls: u64,
+}
+
+/// Calls between two looks at the memory that is retained.
+const CALLS_BETWEEN_TRIMS: u64 = 256;
+
+impl Symbolizer {
+    /// `debuginfod_caches`: see [`debuginfod_caches`].
+    pub fn new(limits: Limits, debuginfod_caches: Vec<PathBuf>) -> Symbolizer {
+        Symbolizer { limits, debuginfod_caches, modules: Vec::new(), calls: 0 }
+    }
+
+    /// Takes up a module. Its headers are read, and nothing else until an address is asked for. The
+    /// file stays open until [`Symbolizer::close`].
+    pub fn add(&mut self, source: ModuleSource) -> ModuleHandle {
+        self.modules.push(Module::open(source));
+        ModuleHandle(self.modules.len() - 1)
+    }
+
+    /// The functions at `svma`, an address as the file states it; innermost inlined first, empty
+    /// when nothing names it. `after_call`: `svma` is a return address, and the call before it is
+    /// meant, which may be the last instruction of its function.
+    pub fn name(&mut self, module: ModuleHandle, svma: u64, after_call: bool) -> Vec<Symbol> {
+        self.calls += 1;
+        let calls = self.calls;
+        let Some(named) = self.modules.get_mut(module.0) else {
+            return Vec::new();
+        };
+        let was_loaded = named.is_loaded();
+        let svma = svma.saturating_sub(u64::from(after_call));
+        let symbols = named.name(svma, calls, &self.limits, &self.debuginfod_caches);
+        if !was_loaded || calls.is_multiple_of(CALLS_BETWEEN_TRIMS) {
+            self.trim(module);
+        }
+        symbols
+    }
+
+    /// GNU build id of the module, lower-case hexadecimal.
+    pub fn build_id(&self, module: ModuleHandle) -> Option<String> {
+        self.modules.get(module.0)?.build_id()
+    }
+
+    /// What went wrong with the module's names so far.
+    pub fn problems(&self, module: ModuleHandle) -> &[Problem] {
+        self.modules.get(module.0).map_or(&[], Module::problems)
+    }
+
+    /// Closes the module's file and forgets what was read of it; it has no names from now on.
+    pub fn close(&mut self, module: ModuleHandle) {
+        if let Some(module) = self.modules.get_mut(module.0) {
+            module.close();
+        }
+    }
+
+    /// Gives up everything that was read of all modules, except for the opened files: for an agent
+    /// that will not name anything for a while. Later calls read it again.
+    pub fn rest(&mut self) {
+        for module in &mut self.modules {
+            module.unload();
+        }
+    }
+
+    /// Unloads the modules that were not used for longest until the rest fits.
+    fn trim(&mut self, in_use: ModuleHandle) {
+        let mut sizes: Vec<(u64, usize, usize)> = self
+            .modules
+            .iter()
+            .enumerate()
+            .filter(|(_, module)| module.is_loaded())
+            .map(|(index, module)| (module.last_call(), index, module.size_bytes()))
+            .collect();
+        sizes.sort_unstable();
+        let mut total: usize = sizes.iter().map(|(_, _, size)| size).sum();
+        for (_, index, size) in sizes {
+            if total <= self.limits.retained_bytes {
+                return;
+            }
+            if index == in_use.0 {
+                continue;
+            }
+            if let Some(module) = self.modules.get_mut(index) {
+                module.unload();
+                total -= size;
+            }
+        }
+    }
+}
+
+/// Where debuginfod clients of the current user keep what they fetched (debuginfod-find(1)):
+/// `variable` looks up the environment.
+pub fn debuginfod_caches(variable: impl Fn(&str) -> Option<PathBuf>) -> Vec<PathBuf> {
+    let home = variable("HOME");
+    let below_home = |path: &str| home.as_ref().map(|home| home.join(path));
+    [
+        variable("DEBUGINFOD_CACHE_PATH"),
+        variable("XDG_CACHE_HOME").map(|cache| cache.join("debuginfod_client")),
+        below_home(".cache/debuginfod_client"),
+        below_home(".debuginfod_client_cache"),
+    ]
+    .into_iter()
+    .flatten()
+    .filter(|path| path.is_absolute())
+    .collect()
+}

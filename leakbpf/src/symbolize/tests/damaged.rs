@@ -1,0 +1,154 @@
+//! Files that are broken, by accident or to break their reader.
+
+use std::sync::{Arc, OnceLock};
+
+use proptest::prelude::*;
+
+use super::fixture::Fixture;
+use super::*;
+
+fn intact() -> &'static [u8] {
+    static BYTES: OnceLock<Vec<u8>> = OnceLock::new();
+    BYTES.get_or_init(|| {
+        let fixture = Fixture::new();
+        fixture.compile_c("/lib/fixture.so");
+        fs::read(fixture.real("/lib/fixture.so")).expect("fixture")
+    })
+}
+
+/// Asks for names all over a file; what they are does not matter.
+fn name_everywhere(bytes: Vec<u8>) {
+    let mut symbolizer = Symbolizer::new(Limits::default(), Vec::new());
+    let module = symbolizer.add(ModuleSource {
+        path: PathBuf::from("/nowhere/damaged"),
+        image: Source::Memory(Arc::from(bytes)),
+        root: PathBuf::from("/nowhere"),
+    });
+    for svma in (0x1000..0x1200).step_by(13).chain([0, 1, u64::MAX]) {
+        let _ = symbolizer.name(module, svma, true);
+    }
+    for problem in symbolizer.problems(module) {
+        assert!(!problem.to_string().is_empty());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn a_truncated_file_never_panics(keep in 0.0f64..1.0) {
+        let keep = (intact().len() as f64 * keep) as usize;
+        name_everywhere(intact()[..keep].to_vec());
+    }
+
+    #[test]
+    fn a_mutated_file_never_panics(
+        changes in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 1..40),
+    ) {
+        let mut bytes = intact().to_vec();
+        for (at, byte) in changes {
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+        }
+        name_everywhere(bytes);
+    }
+
+    /// The headers are a small part of the file, and steer everything.
+    #[test]
+    fn mutated_debug_sections_and_headers_never_panic(
+        changes in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 1..20),
+    ) {
+        static RANGES: OnceLock<Vec<usize>> = OnceLock::new();
+        let positions = RANGES.get_or_init(|| {
+            use object::{Object, ObjectSection};
+            let file = object::File::parse(intact()).expect("ELF");
+            let table = intact().len() - file.sections().count() * 64;
+            let debug = file.sections()
+                .filter(|section| section.name().is_ok_and(|name| name.starts_with(".debug")))
+                .filter_map(|section| section.file_range())
+                .flat_map(|(offset, size)| offset as usize..(offset + size) as usize);
+            (0..64).chain(table..intact().len()).chain(debug).collect()
+        });
+        let mut bytes = intact().to_vec();
+        for (at, byte) in changes {
+            bytes[positions[at.index(positions.len())]] = byte;
+        }
+        name_everywhere(bytes);
+    }
+}
+
+#[test]
+fn a_section_that_claims_to_unpack_to_a_terabyte_is_refused() {
+    let fixture = Fixture::new();
+    fixture.compile("/src/fixture.c", fixture::C_SOURCE, "/lib/fixture.so", &["-gz=zlib"]);
+    let path = fixture.real("/lib/fixture.so");
+    let (outer, _) = fixture.symbol("/lib/fixture.so", "outer");
+    let mut bytes = fs::read(&path).expect("fixture");
+    let offset = {
+        use object::{Object, ObjectSection};
+        let file = object::File::parse(&*bytes).expect("ELF");
+        let section = file.section_by_name(".debug_info").expect("debug information");
+        section.file_range().expect("contents").0 as usize
+    };
+    bytes[offset + 8..offset + 16].copy_from_slice(&(1u64 << 40).to_le_bytes());
+    fs::write(&path, bytes).expect("changed");
+
+    let (mut symbolizer, module) = fixture.symbolizer("/lib/fixture.so");
+    assert_eq!(functions(&symbolizer.name(module, outer, false)), ["outer"]);
+    let problem = symbolizer.problems(module)[0].to_string();
+    assert!(problem.contains("1099511627776"), "{problem}");
+}
+
+/// Inlined calls that are inlined into each other without end, as no compiler writes them.
+#[test]
+fn calls_inlined_a_million_deep_are_cut_and_do_not_exhaust_the_stack() {
+    let fixture = Fixture::new();
+    let source = r#"
+        .text
+    low: .fill 64, 1, 0x90
+        .section .debug_abbrev, "", @progbits
+        .byte 1, 0x11, 1, 0x11, 0x01, 0x12, 0x06, 0, 0
+        .byte 2, 0x2e, 1, 0x03, 0x08, 0x11, 0x01, 0x12, 0x06, 0, 0
+        .byte 3, 0x1d, 1, 0x11, 0x01, 0x12, 0x0b, 0, 0
+        .byte 0
+        .section .debug_info, "", @progbits
+        .long 2f - 1f
+    1:  .short 4
+        .long 0
+        .byte 8
+        .byte 1
+        .quad low
+        .long 64
+        .byte 2
+        .asciz "abyss"
+        .quad low
+        .long 64
+        .rept 1000000
+        .byte 3
+        .quad low
+        .byte 64
+        .endr
+    2:
+    "#;
+    fixture.compile("/src/abyss.s", source, "/lib/abyss.so", &["-g0", "-nostdlib"]);
+    let (low, _) = fixture.symbol("/lib/abyss.so", "low");
+    let (mut symbolizer, module) = fixture.symbolizer("/lib/abyss.so");
+    let symbols = symbolizer.name(module, low + 1, false);
+    assert_eq!(symbols.len(), 257);
+    assert_eq!(functions(&symbols).last(), Some(&"abyss"));
+}
+
+#[test]
+fn a_file_that_is_no_elf_file_has_a_problem_and_no_names() {
+    for bytes in [&b""[..], b"#!/bin/sh\n", &[0x7f; 4096]] {
+        let mut symbolizer = Symbolizer::new(Limits::default(), Vec::new());
+        let module = symbolizer.add(ModuleSource {
+            path: PathBuf::from("/bin/script"),
+            image: Source::Memory(Arc::from(bytes)),
+            root: PathBuf::from("/"),
+        });
+        assert!(symbolizer.name(module, 0x1000, false).is_empty());
+        let problem = symbolizer.problems(module)[0].to_string();
+        assert!(problem.contains("/bin/script is not"), "{problem}");
+    }
+}
