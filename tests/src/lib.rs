@@ -1,0 +1,51 @@
+//! Integration tests: real processes, real probes, an independent oracle.
+//!
+//! A [`Target`] is a program under test that answers commands line by line; [`Leakbpf`] is the
+//! agent attached to it; [`Books`] are what really is outstanding, kept by the program itself or by
+//! a preloaded library. [`compare`] says block by block where the two differ. Everything here
+//! panics with the reason and its remedy: it is test code, and a precondition that does not hold
+//! fails the test instead of skipping it.
+
+mod agent;
+mod books;
+mod build;
+mod compare;
+mod pages;
+mod profile;
+mod refusal;
+mod scenario;
+mod services;
+mod storm;
+mod target;
+mod traces;
+
+pub use agent::{Leakbpf, Session, leakbpf_command};
+pub use books::{Books, Event, EventKind, KnownBlock};
+pub use build::{
+    Allocator, Program, bare_program, c_library, c_library_without_frame_pointers, c_program,
+    c_program_without_frame_pointers, cpp_program, require_file, require_program, rust_program,
+};
+pub use compare::{Difference, assert_heap_equals, heap_difference};
+pub use pages::PageSet;
+pub use profile::{Block, Frame, Process, Profile, Site, Totals};
+pub use refusal::{assert_nothing_written, assert_refused};
+pub use scenario::{assert_exact, assert_exact_on, assert_exact_with_oracle};
+pub use services::{Service, free_port};
+pub use storm::{StormLog, assert_storm_explained};
+pub use target::Target;
+pub use traces::{BpfIds, text_differences, wait_until_probed};
+
+/// `CLOCK_MONOTONIC` in nanoseconds: the clock of the kernel side and of the books.
+pub fn monotonic_ns() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` is a valid timespec for the call to fill.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
+/// Fails the test unless it runs as root.
+pub fn require_root() {
+    // SAFETY: geteuid has no preconditions.
+    let uid = unsafe { libc::geteuid() };
+    assert_eq!(uid, 0, "attaching probes needs root: run `sudo cargo xtask test --privileged`");
+}

@@ -1,0 +1,148 @@
+//! Processes that come from processes, become others, and end.
+
+use leakbpf_tests::{
+    Allocator, Leakbpf, Target, assert_exact, assert_exact_with_oracle, assert_heap_equals,
+    c_program,
+};
+
+#[test]
+fn a_forked_child_has_books_of_its_own() {
+    let mut target = Target::start(&c_program("processes", Allocator::Glibc));
+    let session = Leakbpf::record().pid(target.pid()).start();
+    let attached_ns = session.attached_ns();
+    target.run("hold");
+    let said = target.run("fork");
+    let child = said
+        .iter()
+        .find_map(|line| line.strip_prefix("child ")?.parse::<u32>().ok())
+        .expect("the target says its child's process id");
+    let (parents, childs) = (target.books(), target.books_of(child));
+    let profile = session.stop();
+    assert_heap_equals(&profile, target.pid(), &parents, attached_ns);
+    assert!(childs.blocks.len() >= 10);
+    assert_heap_equals(&profile, child, &childs, attached_ns);
+    assert!(profile.processes.iter().any(|process| process.pid == child));
+}
+
+#[test]
+fn a_forked_child_is_not_followed_when_asked_not_to() {
+    let mut target = Target::start(&c_program("processes", Allocator::Glibc));
+    let session = Leakbpf::record().pid(target.pid()).argument("--no-follow").start();
+    let attached_ns = session.attached_ns();
+    target.run("hold");
+    target.run("fork");
+    let books = target.books();
+    let profile = session.stop();
+    assert_heap_equals(&profile, target.pid(), &books, attached_ns);
+    let others: Vec<u32> = profile
+        .processes
+        .iter()
+        .map(|process| process.pid)
+        .filter(|pid| *pid != target.pid())
+        .collect();
+    assert!(others.is_empty(), "followed {others:?}");
+    assert!(profile.blocks.iter().all(|block| block.pid == target.pid()));
+}
+
+#[test]
+fn children_that_end_take_nothing_of_the_parent_along() {
+    assert_exact(&c_program("processes", Allocator::Glibc), &["hold", "forks"]);
+}
+
+#[test]
+fn vfork_and_exec_leave_the_parents_books_alone() {
+    assert_exact(&c_program("processes", Allocator::Glibc), &["hold", "vforks"]);
+}
+
+#[test]
+fn what_a_child_of_vfork_allocates_is_the_parents() {
+    assert_exact(&c_program("processes", Allocator::Glibc), &["vfork_allocates"]);
+}
+
+#[test]
+fn posix_spawn_leaves_the_parents_books_alone() {
+    assert_exact(&c_program("processes", Allocator::Glibc), &["hold", "spawns"]);
+}
+
+#[test]
+fn the_oracle_agrees_on_processes_that_start_processes() {
+    let program = c_program("processes", Allocator::Glibc);
+    assert_exact_with_oracle(&program, &["hold", "forks", "vforks", "spawns"]);
+}
+
+#[test]
+fn after_an_exec_none_of_the_old_blocks_are_left_and_the_new_ones_count() {
+    let mut target = Target::start(&c_program("processes", Allocator::Glibc));
+    let session = Leakbpf::record().pid(target.pid()).start();
+    let attached_ns = session.attached_ns();
+    target.run("hold");
+    target.begin("exec");
+    assert_eq!(target.line(), "ready", "the program became itself again");
+    target.run("make 30 777");
+    let books = target.books();
+    let profile = session.stop();
+    let lives: Vec<_> =
+        profile.processes.iter().filter(|process| process.pid == target.pid()).collect();
+    assert_eq!(lives.len(), 2, "one life before the exec, one after");
+    assert!(lives[0].end.is_some() && lives[1].end.is_none(), "{lives:?}");
+    assert_eq!(books.blocks.len(), 30);
+    let mine = profile.heap_blocks(target.pid());
+    assert_eq!(mine.values().filter(|block| block.size == 777).count(), 30);
+    assert_eq!(mine.values().filter(|block| block.size == 7000).count(), 0);
+    assert_heap_equals(&profile, target.pid(), &books, attached_ns);
+}
+
+/// The blocks outstanding at the end are the final state.
+fn assert_final_state(end: &str, named: &str) {
+    let mut target = Target::start(&c_program("processes", Allocator::Glibc));
+    let mut session = Leakbpf::record().pid(target.pid()).start();
+    let attached_ns = session.attached_ns();
+    target.run("make 40 888");
+    let pid = target.pid();
+    target.begin(end);
+    target.wait();
+    let books = target.books();
+    let profile = session.report();
+    assert_eq!(books.blocks.len(), 40);
+    assert_heap_equals(&profile, pid, &books, attached_ns);
+    assert!(profile.names_function(named), "names are still right after the end");
+}
+
+#[test]
+fn the_blocks_of_a_target_that_is_killed_are_the_final_state() {
+    assert_final_state("die 9", "make");
+}
+
+#[test]
+fn the_blocks_of_a_target_that_crashes_are_the_final_state() {
+    assert_final_state("die 11", "make");
+}
+
+#[test]
+fn the_blocks_of_a_target_that_exits_are_the_final_state() {
+    assert_final_state("quit 0", "make");
+}
+
+#[test]
+fn several_processes_in_one_session_each_have_their_own_books() {
+    let program = c_program("heap", Allocator::Glibc);
+    let mut targets = [(); 3].map(|()| Target::start(&program));
+    let mut record = Leakbpf::record();
+    for target in &targets {
+        record = record.pid(target.pid());
+    }
+    let session = record.start();
+    // One line for each process: the last of them is what counts.
+    for target in &targets {
+        session.wait_until_stderr_has(&format!("attached to PID {}", target.pid()));
+    }
+    let attached_ns = leakbpf_tests::monotonic_ns();
+    for (index, target) in targets.iter_mut().enumerate() {
+        target.run(&format!("churn 5000 {}", index + 1));
+    }
+    let books: Vec<_> = targets.iter().map(Target::books).collect();
+    let profile = session.stop();
+    for (target, books) in targets.iter().zip(&books) {
+        assert_heap_equals(&profile, target.pid(), books, attached_ns);
+    }
+}
