@@ -1,0 +1,46 @@
+#!/bin/bash
+# Runs in the guest: attaches leakbpf to the program next to it, lets that run, and prints the
+# program's truth, the agent's report and its messages. `cargo xtask test --kernel` compares.
+set -u
+# Otherwise what is started in the background ignores SIGINT.
+set -m
+here=$(cd "$(dirname "$0")" && pwd)
+work=$(mktemp -d)
+
+# waits SECONDS CONDITION...: until the condition holds or the agent or the program has ended.
+waits() {
+    local until=$((SECONDS + $1))
+    shift
+    until "$@"; do
+        [ $SECONDS -lt $until ] && kill -0 "$agent" 2>/dev/null && kill -0 "$program" 2>/dev/null || return 1
+        sleep 0.1
+    done
+}
+
+mkfifo "$work/go"
+"$here/blocks" <"$work/go" >"$work/truth" &
+program=$!
+exec 3>"$work/go"
+"$here/leakbpf" record -p $program --blocks --interval 1h -o "$work/report.json" >"$work/table" 2>"$work/messages" &
+agent=$!
+
+if waits 60 grep -q '^leakbpf: attached' "$work/messages"; then
+    echo go >&3
+    waits 60 grep -q '^end$' "$work/truth"
+    kill -INT $agent
+    waits 60 false
+fi
+kill -KILL $agent 2>/dev/null && echo "guest: leakbpf did not stop" >>"$work/messages"
+wait $agent
+status=$?
+exec 3>&-
+
+echo "=== kernel $(uname -r)"
+echo "=== status $status"
+echo "=== truth"
+cat "$work/truth"
+echo "=== messages"
+cat "$work/messages"
+echo "=== report"
+cat "$work/report.json" 2>/dev/null
+exit 0
