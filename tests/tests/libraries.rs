@@ -16,18 +16,23 @@ fn a_library_that_is_loaded_and_unloaded_fifty_times_is_named_and_counted() {
     let profile = session.stop();
     assert_eq!(books.blocks.len(), 50);
     assert_heap_equals(&profile, target.pid(), &books, attached_ns);
-    // A library that came and went between two looks at the process leaves a frame without a name;
-    // its caller is always named.
+    // A library that came and went between two looks at the process is one through which the stack
+    // cannot be walked: the stack says so. One that is walked through is named.
     let blocks = profile.heap_blocks(target.pid());
-    let sites = || {
-        let of_library = blocks.values().filter(|block| (501..=550).contains(&block.size));
-        of_library.map(|block| profile.site(block))
-    };
-    assert!(sites().all(|site| site.has_function("plugins")));
+    let sites: Vec<_> = blocks
+        .values()
+        .filter(|block| (501..=550).contains(&block.size))
+        .map(|block| profile.site(block))
+        .collect();
+    for site in &sites {
+        let named = site.has_function("plugins") && site.has_function("main");
+        let honest = site.stack_outcome != "complete";
+        assert!(named || honest, "{}: {}", site.stack_outcome, site.describe());
+    }
     assert!(
-        sites().any(|site| site.has_function("plugin_allocate")),
+        sites.iter().any(|site| site.has_function("plugin_allocate")),
         "the library is never named: {}",
-        sites().next().map(|site| site.describe()).unwrap_or_default()
+        sites.first().map(|site| site.describe()).unwrap_or_default()
     );
 }
 

@@ -1,7 +1,8 @@
-//! One probe: a perf event on an instruction of a file, and a program linked to it.
+//! One probe: a perf event on an instruction of a file, or on a tracepoint, and a program linked to
+//! it.
 //!
-//! aya can do this too, but it loads a test program before each attach and takes kernels whose
-//! release it cannot parse for old ones.
+//! aya can do this too, but it loads a test program before each attach, takes kernels whose release
+//! it cannot parse for old ones, and needs tracefs mounted.
 
 use std::{
     ffi::CString,
@@ -34,6 +35,17 @@ struct PerfEventAttr {
 
 const _: () = assert!(size_of::<PerfEventAttr>() == 72);
 
+impl PerfEventAttr {
+    fn every_hit() -> Self {
+        Self {
+            size: size_of::<Self>() as u32,
+            sample_period: 1,
+            wakeup_events: 1,
+            ..Self::default()
+        }
+    }
+}
+
 /// `union bpf_attr` for `BPF_LINK_CREATE` on a perf event.
 #[repr(C)]
 #[derive(Default)]
@@ -47,6 +59,7 @@ struct LinkCreateArgs {
 
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_PERF_EVENT: u32 = 41;
+const PERF_TYPE_TRACEPOINT: u32 = 2;
 const PERF_FLAG_FD_CLOEXEC: libc::c_long = 8;
 
 /// A placed probe. The kernel takes the breakpoint away when the last descriptor of the link is
@@ -81,32 +94,47 @@ pub fn attach(
     let path = CString::new(file.as_os_str().as_bytes())?;
     let attr = PerfEventAttr {
         kind: uprobe_type()?,
-        size: size_of::<PerfEventAttr>() as u32,
         // Bit 0 is `retprobe` (/sys/bus/event_source/devices/uprobe/format/retprobe).
         config: u64::from(at_return),
-        sample_period: 1,
-        wakeup_events: 1,
         uprobe_path: path.as_ptr() as u64,
         probe_offset: file_offset,
-        ..PerfEventAttr::default()
+        ..PerfEventAttr::every_hit()
     };
+    // SAFETY: the path that `attr` points to lives until the call returns.
+    link(program, unsafe { open(&attr, pid) }?, cookie)
+}
+
+/// Runs `program` at every event of a tracepoint, on all CPUs. `id` stands in its format file.
+pub fn attach_tracepoint(program: BorrowedFd<'_>, id: u64) -> io::Result<Link> {
+    let attr =
+        PerfEventAttr { kind: PERF_TYPE_TRACEPOINT, config: id, ..PerfEventAttr::every_hit() };
+    // SAFETY: `attr` holds no pointers.
+    link(program, unsafe { open(&attr, None) }?, 0)
+}
+
+/// # Safety
+///
+/// Pointers in `attr` are valid until the call returns.
+unsafe fn open(attr: &PerfEventAttr, pid: Option<NonZeroU32>) -> io::Result<OwnedFd> {
     // A system-wide event belongs to one CPU, but its program runs on all.
     let (pid, cpu) = match pid {
         Some(pid) => (i64::from(pid.get()), -1),
         None => (-1, 0),
     };
-    // SAFETY: `attr` and the path that it points to live until the call returns.
-    let event = unsafe {
+    // SAFETY: `attr` lives until the call returns, and so does what it points to.
+    owned(unsafe {
         libc::syscall(
             libc::SYS_perf_event_open,
-            std::ptr::from_ref(&attr),
+            std::ptr::from_ref(attr),
             pid,
             cpu,
             -1,
             PERF_FLAG_FD_CLOEXEC,
         )
-    };
-    let event = owned(event)?;
+    })
+}
+
+fn link(program: BorrowedFd<'_>, event: OwnedFd, cookie: u64) -> io::Result<Link> {
     let mut args = LinkCreateArgs {
         prog_fd: program.as_raw_fd() as u32,
         target_fd: event.as_raw_fd() as u32,

@@ -13,10 +13,11 @@ use leakbpf_common::{
 };
 
 use super::{
-    attach::{Link, attach},
+    attach::{Link, attach, attach_tracepoint},
     tables::Table,
     unwind_maps::UnwindMaps,
 };
+use crate::{preflight::tracepoint::TracepointFormat, process::tracefs};
 
 static OBJECT: &[u8] = include_bytes_aligned!("../../bpf/leakbpf.bpf.o");
 
@@ -96,19 +97,19 @@ const MAPPING_ENDS: [(&str, &str); 4] = [
 ];
 
 /// The same through tracepoints.
-const MAPPING_TRACEPOINTS: [(&str, &str, &str); 6] = [
-    ("munmap_entry", "syscalls", "sys_enter_munmap"),
-    ("mremap_entry", "syscalls", "sys_enter_mremap"),
-    ("mremap_exit", "syscalls", "sys_exit_mremap"),
-    ("munmap_exit", "syscalls", "sys_exit_munmap"),
-    ("brk_exit", "syscalls", "sys_exit_brk"),
-    ("mmap_exit", "syscalls", "sys_exit_mmap"),
+const MAPPING_TRACEPOINTS: [(&str, &str); 6] = [
+    ("munmap_entry", "syscalls/sys_enter_munmap"),
+    ("mremap_entry", "syscalls/sys_enter_mremap"),
+    ("mremap_exit", "syscalls/sys_exit_mremap"),
+    ("munmap_exit", "syscalls/sys_exit_munmap"),
+    ("brk_exit", "syscalls/sys_exit_brk"),
+    ("mmap_exit", "syscalls/sys_exit_mmap"),
 ];
 
-const PROCESS_TRACEPOINTS: [(&str, &str, &str); 3] = [
-    ("thread_exit", "sched", "sched_process_exit"),
-    ("process_exec", "sched", "sched_process_exec"),
-    ("task_new", "task", "task_newtask"),
+const PROCESS_TRACEPOINTS: [(&str, &str); 3] = [
+    ("thread_exit", "sched/sched_process_exit"),
+    ("process_exec", "sched/sched_process_exec"),
+    ("task_new", "task/task_newtask"),
 ];
 
 /// How anonymous mappings are seen.
@@ -141,6 +142,7 @@ pub struct Kernel {
     pub unwind: UnwindMaps,
     control: Table<u32, Control>,
     counts: PerCpuArray<MapData, u64>,
+    tracepoints: Vec<Link>,
 }
 
 fn load_error(error: impl std::error::Error) -> KernelError {
@@ -195,7 +197,9 @@ impl Kernel {
         let spaces = map_data(take_map(&mut ebpf, "SPACES")?, "SPACES")?;
         let unwind = UnwindMaps::new(tables, spaces)
             .map_err(|source| KernelError::Map { map: "TABLES", source })?;
-        let mut kernel = Self { ebpf, blocks, sites, threads, processes, unwind, control, counts };
+        let tracepoints = Vec::new();
+        let mut kernel =
+            Self { ebpf, blocks, sites, threads, processes, unwind, control, counts, tracepoints };
         for program in Program::ALL {
             kernel.program::<UProbe>(program.name())?.load().map_err(|error| {
                 KernelError::Program { program: program.name(), reason: chain(&error) }
@@ -221,17 +225,20 @@ impl Kernel {
 
     fn attach_tracepoint(
         &mut self,
-        (program, category, event): (&'static str, &str, &str),
+        (program, event): (&'static str, &str),
     ) -> Result<(), KernelError> {
         let tracepoint: &mut TracePoint = self.program(program)?;
         tracepoint
             .load()
             .map_err(|error| KernelError::Program { program, reason: chain(&error) })?;
-        tracepoint.attach(category, event).map_err(|error| KernelError::Attach {
-            program,
-            place: format!("{category}:{event}"),
-            reason: chain(&error),
-        })?;
+        let failed =
+            |reason: String| KernelError::Attach { program, place: event.to_owned(), reason };
+        let format = tracefs::tracepoint_format(event).map_err(|error| failed(chain(&error)))?;
+        let format = TracepointFormat::parse(&format).map_err(|error| failed(chain(&error)))?;
+        let fd = tracepoint.fd().map_err(|error| failed(chain(&error)))?;
+        let link =
+            attach_tracepoint(fd.as_fd(), format.id).map_err(|error| failed(error.to_string()))?;
+        self.tracepoints.push(link);
         Ok(())
     }
 

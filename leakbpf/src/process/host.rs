@@ -9,18 +9,14 @@ use nix::unistd::{ForkResult, fork};
 
 use super::Pid;
 use super::status::Status;
-use crate::preflight::host::{
-    HostFacts, OLDEST_KERNEL, SeccompAndReturnProbes, TRACEPOINTS, UnreadFile,
-};
+use super::tracefs::tracepoint_format;
+use crate::preflight::host::{HostFacts, OLDEST_KERNEL, SeccompAndReturnProbes, TRACEPOINTS};
 use crate::preflight::kernel_version::KernelVersion;
 
 /// `__NR_uretprobe` of the kernel's arch/x86/entry/syscalls/syscall_64.tbl.
 const SYS_URETPROBE: libc::c_long = 335;
 /// What the test filter answers: an error number that no system call returns.
 const FILTERED_ERRNO: i32 = 3999;
-
-/// Where tracefs is mounted; the second place is the one of kernels before 4.1 and of debugfs.
-const TRACEFS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
 
 /// Looks at this machine and at the agent's rights. What cannot be read counts as absent.
 pub fn observe() -> HostFacts {
@@ -47,15 +43,6 @@ pub fn observe() -> HostFacts {
         seccomp_and_return_probes: try_seccomp(),
         kernel_release,
     }
-}
-
-/// The format file of a tracepoint, such as `sched/sched_process_exit`.
-pub fn tracepoint_format(name: &str) -> Result<Vec<u8>, UnreadFile> {
-    let [now, before] =
-        TRACEFS.map(|root| Path::new(root).join("events").join(name).join("format"));
-    fs::read(&now).or_else(|error| {
-        fs::read(&before).map_err(|_| UnreadFile { path: now, reason: error.kind() })
-    })
 }
 
 fn line(path: &str) -> Option<String> {

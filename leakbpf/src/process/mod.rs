@@ -16,6 +16,7 @@ pub mod memory;
 pub mod select;
 pub mod status;
 pub mod target;
+pub mod tracefs;
 
 /// A process (the kernel's thread group id), as the agent's pid namespace numbers it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -47,7 +47,7 @@ use crate::{
         launch::{LaunchError, LaunchedProgram, exit_code, launch},
         select::{SelectError, Selector, select},
         status::Status,
-        target,
+        target, tracefs,
     },
     profile::{Mode, Profile, Symbol},
     recording::{self, SessionFacts},
@@ -246,7 +246,7 @@ fn load(config: &Config) -> Result<(Kernel, Option<String>), SessionError> {
 fn settings(config: &Config) -> Result<Settings, SessionError> {
     const NAME: &str = "task/task_newtask";
     let failed = |reason: String| SessionError::Tracepoint { name: NAME, reason };
-    let bytes = host::tracepoint_format(NAME).map_err(|error| failed(error.to_string()))?;
+    let bytes = tracefs::tracepoint_format(NAME).map_err(|error| failed(error.to_string()))?;
     let format = preflight::tracepoint::TracepointFormat::parse(&bytes)
         .map_err(|error| failed(error.to_string()))?;
     let offset = |field| {
