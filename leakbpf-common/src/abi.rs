@@ -204,6 +204,18 @@ impl Cookie {
     }
 }
 
+/// How the kernel side walks stacks: the best that the kernel takes.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum StackWalk {
+    /// Along the chain of frame pointers.
+    FramePointers = 0,
+    /// With unwind rows, in a loop that the verifier follows turn by turn.
+    RowsBounded = 1,
+    /// With unwind rows, in `bpf_loop` (Linux 5.17).
+    Rows = 2,
+}
+
 /// What could not be seen; index into the per-CPU counter map.
 #[repr(u32)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -49,6 +49,8 @@ pub static RECORDS: RingBuf = RingBuf::with_byte_size(4 << 20, 0);
 #[repr(C)]
 pub struct Scratch {
     pub busy: u64,
+    /// Its own number.
+    pub slot: u64,
     pub record: StackRecord,
     pub walk: Walk,
 }
@@ -125,9 +127,9 @@ pub mod settings {
     /// The agent's own process id: never watched.
     #[unsafe(no_mangle)]
     pub static AGENT_TGID: u32 = 0;
-    /// Walk stacks with unwind rows: needs `bpf_loop` (Linux 5.17).
+    /// [`StackWalk`](leakbpf_common::abi::StackWalk).
     #[unsafe(no_mangle)]
-    pub static UNWIND_ROWS: u32 = 0;
+    pub static STACK_WALK: u32 = 0;
     /// Byte offset of `pid` in the record of `task:task_newtask`.
     #[unsafe(no_mangle)]
     pub static NEWTASK_PID_OFFSET: u32 = 8;

@@ -154,10 +154,12 @@ pub enum ModeArg {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum StackArg {
-    /// dwarf where the kernel can do it (5.17), else fp
+    /// dwarf where the kernel can do it, else fp
     Auto,
     /// With the call frame information of each file (.eh_frame)
     Dwarf,
+    /// As dwarf, in the way of kernels before 5.17: at most 64 frames
+    Dwarf64,
     /// By frame pointers: most programs of distributions are built without
     Fp,
 }

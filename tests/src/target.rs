@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::build::Program;
 use crate::{Books, StormLog, c_library};
@@ -140,6 +140,22 @@ impl Target {
         let mut name = self.books.as_os_str().to_owned();
         name.push(".log");
         StormLog::read(Path::new(&name))
+    }
+
+    /// Waits until the program sleeps: an interpreter still allocates after it has printed its
+    /// answer, until it waits for the next line.
+    pub fn wait_until_asleep(&self) {
+        const LOOKS: usize = 5;
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let mut asleep = 0;
+        while asleep < LOOKS {
+            assert!(Instant::now() < deadline, "{} never sleeps", self.pid());
+            std::thread::sleep(Duration::from_millis(4));
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid()))
+                .expect("the program lives");
+            let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+            asleep = if state == Some('S') { asleep + 1 } else { 0 };
+        }
     }
 
     pub fn signal(&self, signal: i32) {

@@ -82,6 +82,13 @@ fn what_an_allocator_maps_is_not_counted_as_the_users() {
         let heap = 30 * (1 << 20) + 3000 * 5000;
         assert_eq!(profile.live_heap_bytes(pid), heap, "{allocator:?}");
         assert_eq!(profile.totals.live_bytes, heap, "{allocator:?}: counted twice");
+        // Our own return probe stands between the allocator and its caller.
+        let arenas = || profile.sites.iter().filter(|site| site.kind == "allocator_mapping");
+        assert_ne!(arenas().count(), 0, "{allocator:?}");
+        for site in arenas() {
+            assert_eq!(site.stack_outcome, "complete", "{allocator:?}: {}", site.describe());
+            assert!(site.has_function("main"), "{allocator:?}: {}", site.describe());
+        }
     }
 }
 

@@ -146,3 +146,17 @@ fn several_processes_in_one_session_each_have_their_own_books() {
         assert_heap_equals(&profile, target.pid(), books, attached_ns);
     }
 }
+
+/// Programs that replace each other faster than the agent can look at them.
+#[test]
+fn a_chain_of_execs_leaves_no_program_with_anothers_memory() {
+    const SCRIPT: &str = "for i in $(seq 5); do \
+        (exec bash -c 'x=$(exec env true); exec env bash -c \"exec env true\"'); done";
+    let profile = Leakbpf::record().command(["bash", "-c", SCRIPT]).spawn().report();
+    for site in &profile.sites {
+        let bytes = site.counters.allocated_bytes;
+        assert!(bytes < 64 << 20, "{} of {bytes} bytes: {}", site.kind, site.describe());
+    }
+    let totals = profile.totals.allocated_count;
+    assert!(totals > 1000, "only {totals} allocations of some twenty programs");
+}

@@ -212,6 +212,7 @@ fn python_is_exact_by_the_oracle() {
     python.run("kept.append({i: [i] for i in range(5000)})");
     python.run("import json, decimal; kept.append(json.loads('[1, 2, {\"a\": 3.5}]' ))");
     python.run("del kept[1]");
+    python.wait_until_asleep();
     let books = python.oracle_books();
     let profile = session.stop();
     assert!(books.clone().since(attached_ns).blocks.len() > 20000);
@@ -231,6 +232,7 @@ fn node_is_exact_by_the_oracle() {
     node.run("for (let i = 0; i < 200; i++) kept.push(Buffer.alloc(100000 + i))");
     node.run("kept.push(require('zlib').deflateSync('x'.repeat(1000000)))");
     let pid = node.pid();
+    node.wait_until_asleep();
     node.signal(libc::SIGSTOP);
     let books = node.oracle_books();
     let profile = session.stop();

@@ -22,7 +22,9 @@ pub fn walk(registers: &Registers, hash: u64, scratch: &mut Scratch) {
     let mut lowest = registers.sp;
     while count < MAX_FRAMES {
         if frame_pointer == 0 {
-            outcome = Outcome::Complete;
+            // The first frame's caller sets it to 0; in code that has other uses for the register,
+            // 0 is a value like any other.
+            outcome = if count > 1 { Outcome::Complete } else { Outcome::NoFramePointer };
             break;
         }
         if frame_pointer & 7 != 0

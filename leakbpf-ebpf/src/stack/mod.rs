@@ -8,7 +8,7 @@ use aya_ebpf::{
 };
 use leakbpf_common::{
     abi::{
-        Loss, MAX_FRAMES, Outcome, Owner, RecordHead, RecordKind, SiteCounters, SiteKey, StackId,
+        Loss, MAX_FRAMES, Outcome, Owner, RecordHead, RecordKind, SiteCounters, SiteKey, StackId, StackWalk,
     },
     table::AddressSpace,
     unwind::Registers,
@@ -61,6 +61,8 @@ fn claim() -> Option<*mut Scratch> {
             )
         };
         if busy == 0 {
+            // SAFETY: the slot is ours now.
+            unsafe { (*scratch).slot = u64::from(slot) };
             return Some(scratch);
         }
         slot += 1;
@@ -91,7 +93,7 @@ fn walk(owner: Owner, library_epoch: u32, registers: &Registers, scratch: &mut S
 /// The executable mappings of a process, where rows are used at all.
 #[inline(always)]
 fn address_space(owner: Owner) -> Option<&'static AddressSpace> {
-    if settings::get(&settings::UNWIND_ROWS) == 0 {
+    if settings::get(&settings::STACK_WALK) == StackWalk::FramePointers as u32 {
         return None;
     }
     // SAFETY: the memory stays mapped until this program ends; `walk` looks whether it is still

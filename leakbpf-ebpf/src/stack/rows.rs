@@ -2,18 +2,26 @@
 
 use core::ffi::c_void;
 
-use aya_ebpf::helpers::{bpf_loop, bpf_probe_read_user, bpf_probe_read_user_buf};
+use aya_ebpf::helpers::{
+    bpf_get_current_pid_tgid, bpf_loop, bpf_probe_read_user, bpf_probe_read_user_buf,
+};
 use leakbpf_common::{
-    abi::{INTERRUPTED, MAX_FRAMES, Outcome},
+    abi::{INTERRUPTED, MAX_FRAMES, Outcome, Owner, StackWalk},
+    ledger,
     table::{self, AddressSpace, BLOCK_WORDS, PackedPage, RULE_WORDS, TABLES_MAX, no_table},
     unwind::{self, Registers, Rule, Step},
 };
 
 use super::mix;
-use crate::maps::{CACHED_RULES, Scratch, StackWindow, TABLES, WINDOW_BYTES, WINDOW_WORDS};
+use crate::maps::{
+    CACHED_RULES, SCRATCH, SPACES, Scratch, StackWindow, TABLES, THREADS, WINDOW_BYTES, WINDOW_WORDS, settings,
+};
 
 /// A frame's saved registers and return address lie so close to each other.
 const FRAME_HEAD_BYTES: u64 = 64;
+
+/// Frames of a walk without `bpf_loop`: as many as the verifier has the patience for.
+const BOUNDED_FRAMES: u32 = 64;
 
 /// What one step needs. It lies on the BPF stack; what it changes lies in map memory, where the
 /// verifier does not follow every value that it can have.
@@ -34,18 +42,45 @@ pub fn walk(space: &AddressSpace, registers: &Registers, hash: u64, scratch: &mu
     walk.unmapped = 0;
     walk.mapping = 0;
     walk.stack.copy(registers.sp, WINDOW_BYTES);
-    let mut context = Context { scratch, space };
-    // SAFETY: the callback has the type that the helper calls, and its context outlives the call.
-    unsafe {
-        bpf_loop(MAX_FRAMES as u32, frame as *mut c_void, (&raw mut context).cast(), 0);
+    if settings::get(&settings::STACK_WALK) == StackWalk::Rows as u32 {
+        let mut context = Context { scratch, space };
+        // SAFETY: the callback has the type that the helper calls, and its context outlives the
+        // call.
+        unsafe {
+            bpf_loop(MAX_FRAMES as u32, frame as *mut c_void, (&raw mut context).cast(), 0);
+        }
+    } else {
+        walk_bounded(scratch.slot as u32, space.owner.0);
     }
+}
+
+/// The walk without `bpf_loop`. A global function, which takes numbers only: the verifier follows it
+/// once for itself and not again on each way that leads to it. The result has no meaning.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn walk_bounded(slot: u32, owner: u64) -> u32 {
+    let Some(scratch) = SCRATCH.get_ptr_mut(slot) else { return 0 };
+    // SAFETY: the caller has claimed the slot, and the element of `SPACES` stays while it runs.
+    let (scratch, space) = unsafe {
+        let Some(space) = SPACES.get(Owner(owner)) else { return 0 };
+        (&mut *scratch, space)
+    };
+    let mut turn = 0;
+    while turn < BOUNDED_FRAMES {
+        if let Some(outcome) = advance::<false>(scratch, space) {
+            scratch.walk.outcome = outcome as u64;
+            return 0;
+        }
+        turn += 1;
+    }
+    0
 }
 
 /// One frame. Returns 1 when it was the last.
 unsafe extern "C" fn frame(_index: u32, context: *mut c_void) -> i64 {
     // SAFETY: `walk` passes its context.
     let context = unsafe { &mut *context.cast::<Context<'_>>() };
-    match advance(context.scratch, context.space) {
+    match advance::<true>(context.scratch, context.space) {
         None => 0,
         Some(outcome) => {
             context.scratch.walk.outcome = outcome as u64;
@@ -55,8 +90,11 @@ unsafe extern "C" fn frame(_index: u32, context: *mut c_void) -> i64 {
 }
 
 /// Records the current frame and goes on to its caller; the outcome when there is none.
+///
+/// `CACHES`: with the window and the rules that were looked up before, which are faster, but have
+/// more branches than a loop that the verifier follows turn by turn may have.
 #[inline(always)]
-fn advance(scratch: &mut Scratch, space: &AddressSpace) -> Option<Outcome> {
+fn advance<const CACHES: bool>(scratch: &mut Scratch, space: &AddressSpace) -> Option<Outcome> {
     let walk = &mut scratch.walk;
     let address = walk.registers.lookup_ip();
     let mut rule = &Rule::FRAME_POINTER;
@@ -65,6 +103,9 @@ fn advance(scratch: &mut Scratch, space: &AddressSpace) -> Option<Outcome> {
             walk.mapping = u64::from(position);
             let mapping = &space.mappings[position as usize & (table::MAPPINGS_MAX - 1)];
             if mapping.table == no_table::TRAMPOLINE {
+                if go_behind_trampoline(&mut walk.registers) {
+                    return None;
+                }
                 return Some(Outcome::Trampoline);
             }
             if mapping.table != no_table::FRAME_POINTERS {
@@ -73,7 +114,7 @@ fn advance(scratch: &mut Scratch, space: &AddressSpace) -> Option<Outcome> {
                 let key = u64::from(mapping.table) << 32 | u64::from(pc);
                 let slot = mix(0, key) as usize & (CACHED_RULES - 1);
                 let cached = &mut walk.rules[slot];
-                if cached.key != key {
+                if !CACHES || cached.key != key {
                     match find_rule(mapping.table, pc) {
                         Some(found) => {
                             cached.rule = *found;
@@ -85,7 +126,13 @@ fn advance(scratch: &mut Scratch, space: &AddressSpace) -> Option<Outcome> {
                 rule = &cached.rule;
             }
         }
-        None => walk.unmapped = address,
+        None => {
+            // The trampoline's page comes with the process's first return probe.
+            if go_behind_trampoline(&mut walk.registers) {
+                return None;
+            }
+            walk.unmapped = address;
+        }
     }
     let index = walk.count as usize;
     if index < MAX_FRAMES {
@@ -96,7 +143,11 @@ fn advance(scratch: &mut Scratch, space: &AddressSpace) -> Option<Outcome> {
     walk.hash = mix(walk.hash, walk.registers.ip);
 
     let stack = &mut walk.stack;
-    let read = |address: u64| stack.read(address);
+    let read = |address: u64| match CACHES {
+        true => stack.read(address),
+        // SAFETY: the helper checks the address and fails on what it cannot read.
+        false => unsafe { bpf_probe_read_user(address as *const u64) }.ok(),
+    };
     match unwind::step(rule, &walk.registers, read) {
         Step::Frame(caller) => {
             walk.registers = caller;
@@ -104,6 +155,25 @@ fn advance(scratch: &mut Scratch, space: &AddressSpace) -> Option<Outcome> {
         }
         Step::End => Some(Outcome::Complete),
         Step::Stop(outcome) => Some(outcome),
+    }
+}
+
+/// A return probe has replaced the return address of an allocator function that is still running,
+/// when a mapping or a signal interrupts it: our own books know what stood there.
+#[inline(always)]
+fn go_behind_trampoline(registers: &mut Registers) -> bool {
+    if !ledger::is_trampoline(registers.ip) {
+        return false;
+    }
+    let thread = THREADS.get_ptr_mut(bpf_get_current_pid_tgid());
+    let slot = registers.sp.wrapping_sub(8);
+    // SAFETY: only the thread itself writes its state.
+    match thread.and_then(|thread| unsafe { &*thread }.caller_behind_trampoline(slot)) {
+        Some(address) => {
+            registers.ip = address;
+            true
+        }
+        None => false,
     }
 }
 

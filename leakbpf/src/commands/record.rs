@@ -52,6 +52,7 @@ fn config(args: RecordArgs) -> anyhow::Result<Config> {
         stack: match args.stack {
             StackArg::Auto => StackMethod::Auto,
             StackArg::Dwarf => StackMethod::Rows,
+            StackArg::Dwarf64 => StackMethod::RowsBounded,
             StackArg::Fp => StackMethod::FramePointers,
         },
         quiet: args.quiet,

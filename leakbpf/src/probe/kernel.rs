@@ -8,7 +8,10 @@ use aya::{
     programs::{FEntry, FExit, ProbeKind, TracePoint, UProbe},
 };
 use leakbpf_common::{
-    abi::{Block, BlockKey, Control, Loss, Outcome, ProcessState, SiteCounters, SiteKey, Tally},
+    abi::{
+        Block, BlockKey, Control, Loss, Outcome, ProcessState, SiteCounters, SiteKey, StackWalk,
+        Tally,
+    },
     ledger::ThreadState,
 };
 
@@ -27,8 +30,7 @@ pub struct Settings {
     pub follow_forks: bool,
     /// Watch every process that hits a probe.
     pub watch_all: bool,
-    /// Walk stacks with unwind rows.
-    pub unwind_rows: bool,
+    pub stack_walk: StackWalk,
     /// Limit of the block map, in blocks.
     pub max_blocks: u32,
     /// Byte offsets of `pid` and `clone_flags` in the record of `task:task_newtask`.
@@ -173,7 +175,7 @@ impl Kernel {
     pub fn load(settings: &Settings) -> Result<Self, KernelError> {
         let follow = u32::from(settings.follow_forks);
         let all = u32::from(settings.watch_all);
-        let rows = u32::from(settings.unwind_rows);
+        let walk = settings.stack_walk as u32;
         let agent = std::process::id();
         let mut loader = EbpfLoader::new();
         loader
@@ -181,7 +183,7 @@ impl Kernel {
             .verifier_log_level(VerifierLogLevel::DISABLE)
             .override_global("FOLLOW_FORKS", &follow, true)
             .override_global("WATCH_ALL", &all, true)
-            .override_global("UNWIND_ROWS", &rows, true)
+            .override_global("STACK_WALK", &walk, true)
             .override_global("AGENT_TGID", &agent, true)
             .override_global("NEWTASK_PID_OFFSET", &settings.newtask_pid_offset, true)
             .override_global("NEWTASK_FLAGS_OFFSET", &settings.newtask_flags_offset, true)

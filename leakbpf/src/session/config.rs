@@ -29,8 +29,10 @@ pub enum Output {
 pub enum StackMethod {
     /// With rows where the kernel can do that, else by frame pointers.
     Auto,
-    /// With rows compiled from call frame information (DWARF).
+    /// With rows compiled from call frame information (DWARF), as well as the kernel can.
     Rows,
+    /// As kernels without `bpf_loop` do it.
+    RowsBounded,
     FramePointers,
 }
 

@@ -2,7 +2,7 @@
 
 use std::num::NonZeroU32;
 
-use leakbpf_common::abi::Role;
+use leakbpf_common::abi::{Role, StackWalk};
 
 use super::{SessionError, placement::Plans, planner_kernel};
 use crate::{
@@ -37,7 +37,7 @@ pub fn place(pid: u32, naive: bool) -> Result<Floor, SessionError> {
     let mut kernel = Kernel::load(&Settings {
         follow_forks: false,
         watch_all: false,
-        unwind_rows: false,
+        stack_walk: StackWalk::FramePointers,
         max_blocks: 1,
         newtask_pid_offset: 0,
         newtask_flags_offset: 0,

@@ -70,18 +70,21 @@ impl Life {
         self.process.end.as_deref() == Some(ENDED_BY_EXEC)
     }
 
-    /// Reads the address space again. What was known stays when it can't be read any more.
-    pub fn refresh(&mut self, library_epoch: u32) {
-        if let Ok(maps) = Maps::of(self.pid()) {
-            self.space.learn(library_epoch.max(self.space.epoch().unwrap_or(0)), maps);
-        }
+    /// Takes in the address space as it is now. What was known stays when it can't be read any more.
+    pub fn refresh(&mut self, library_epoch: u32, maps: Maps) {
+        self.space.learn(library_epoch.max(self.space.epoch().unwrap_or(0)), maps);
     }
 
-    /// Takes in a stack that the kernel side has announced.
-    pub fn learn(&mut self, stack: &NewStack, modules: &mut Modules) {
+    /// Takes in a stack that the kernel side has announced. `read` gives the mappings of this life.
+    pub fn learn(
+        &mut self,
+        stack: &NewStack,
+        modules: &mut Modules,
+        read: impl FnOnce(Owner) -> Maps,
+    ) {
         let caller = stack.frames.get(..1).unwrap_or_default();
         if !self.ended() && !self.space.covers(stack.library_epoch, caller) {
-            self.refresh(stack.library_epoch);
+            self.refresh(stack.library_epoch, read(self.owner));
         }
         let placed = self.place(stack, modules);
         self.stacks.insert(stack.stack, placed);

@@ -24,6 +24,7 @@ use std::{
 };
 
 use aya::maps::{MapData, RingBuf};
+use leakbpf_common::abi::StackWalk;
 use nix::sys::signal::Signal;
 use tokio::{io::unix::AsyncFd, signal::unix::SignalKind, sync::mpsc};
 
@@ -110,7 +111,7 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
     let mut signals = Signals::new().map_err(SessionError::Events)?;
     let mut output = OutputFile::create(config, &host)?;
 
-    let (mut kernel, no_rows) = load(config)?;
+    let (mut kernel, lesser_stacks) = load(config)?;
     kernel.attach_process_events()?;
     let mapping_events = kernel.attach_mapping_events();
     let records = kernel.take_records()?;
@@ -118,9 +119,9 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
     let system_wide = matches!(config.target, Target::Running(Selector::All));
     let plans = Plans::new(planner);
     let mut watch = Watch::new(kernel, plans, system_wide, mapping_events.is_ok(), exits);
-    if let Some(reason) = no_rows {
-        eprintln!("leakbpf: stacks follow frame pointers only: {reason}");
-        watch.note(None, format!("stacks follow frame pointers only: {reason}"));
+    if let Some(reason) = lesser_stacks {
+        eprintln!("leakbpf: {reason}");
+        watch.note(None, reason);
     }
     match mapping_events {
         Ok(MappingEvents::Functions) => {}
@@ -229,18 +230,33 @@ fn admit(
     }
 }
 
-/// Loads the kernel side; with [`StackMethod::Auto`] for frame pointers when it can't walk stacks
-/// with rows here, for the reason that is returned.
+/// Loads the kernel side with the best walk that the kernel takes of those that will do; with the
+/// reason when it is not the best of all.
 fn load(config: &Config) -> Result<(Kernel, Option<String>), SessionError> {
     let mut settings = settings(config)?;
-    settings.unwind_rows = config.stack != StackMethod::FramePointers;
-    match Kernel::load(&settings) {
-        Err(error) if config.stack == StackMethod::Auto => {
-            settings.unwind_rows = false;
-            Ok((Kernel::load(&settings)?, Some(error.to_string())))
+    let (best, others): (StackWalk, &[StackWalk]) = match config.stack {
+        StackMethod::Auto => (StackWalk::Rows, &[StackWalk::RowsBounded, StackWalk::FramePointers]),
+        StackMethod::Rows => (StackWalk::Rows, &[StackWalk::RowsBounded]),
+        StackMethod::RowsBounded => (StackWalk::RowsBounded, &[]),
+        StackMethod::FramePointers => (StackWalk::FramePointers, &[]),
+    };
+    settings.stack_walk = best;
+    let refusal = match Kernel::load(&settings) {
+        Ok(kernel) => return Ok((kernel, None)),
+        Err(error) => error,
+    };
+    for &walk in others {
+        settings.stack_walk = walk;
+        if let Ok(kernel) = Kernel::load(&settings) {
+            let what = match walk {
+                StackWalk::Rows => "stacks are complete",
+                StackWalk::RowsBounded => "stacks have at most 64 frames",
+                StackWalk::FramePointers => "stacks follow frame pointers only",
+            };
+            return Ok((kernel, Some(format!("{what}: {refusal}"))));
         }
-        loaded => Ok((loaded?, None)),
     }
+    Err(refusal.into())
 }
 
 fn settings(config: &Config) -> Result<Settings, SessionError> {
@@ -258,7 +274,7 @@ fn settings(config: &Config) -> Result<Settings, SessionError> {
     Ok(Settings {
         follow_forks: config.follow_forks,
         watch_all: matches!(config.target, Target::Running(Selector::All)),
-        unwind_rows: true,
+        stack_walk: StackWalk::Rows,
         max_blocks: config.max_blocks,
         newtask_pid_offset: offset("pid")?,
         newtask_flags_offset: offset("clone_flags")?,

@@ -134,12 +134,18 @@ impl Watch {
             .processes
             .set(&pid.0, ProcessState { owner, flags, ..ProcessState::default() })
             .map_err(|source| SessionError::Watch { pid, source })?;
-        self.add_life(owner, identity, maps.clone());
+        self.add_life(owner, identity, maps.clone(), program_break(&maps));
         self.place(pid, &maps)
     }
 
-    fn add_life(&mut self, owner: Owner, identity: Identity, maps: Maps) -> ProcessId {
-        let initial_break = program_break(&maps);
+    /// Without its `initial_break`, the first `brk` of the process tells it.
+    fn add_life(
+        &mut self,
+        owner: Owner,
+        identity: Identity,
+        maps: Maps,
+        initial_break: Option<u64>,
+    ) -> ProcessId {
         let start_time = identity.start_time;
         let pid = identity.pid;
         let process = Process {
@@ -223,7 +229,8 @@ impl Watch {
         match record {
             Record::Stack(stack) => {
                 if let Some(id) = self.life_or_stranger(stack.head.owner) {
-                    self.lives[id.0].learn(&stack, &mut self.modules);
+                    let Self { lives, modules, kernel, .. } = self;
+                    lives[id.0].learn(&stack, modules, |owner| maps_of(kernel, owner));
                 }
             }
             Record::Mapping(record) => {
@@ -282,15 +289,12 @@ impl Watch {
         let parent = self.life_of(fork.head.owner);
         let maps = match parent.and_then(|id| self.lives[id.0].space.maps()) {
             Some(maps) => maps.clone(),
-            None => Maps::of(pid).unwrap_or_default(),
+            None => maps_of(&self.kernel, fork.child),
         };
         let identity =
             Identity::of(pid).unwrap_or_else(|_| gone(pid, parent.map(|id| &self.lives[id.0])));
         let initial_break = parent.and_then(|id| self.lives[id.0].mappings.program_break());
-        let id = self.add_life(fork.child, identity, maps.clone());
-        if initial_break.is_some() {
-            self.lives[id.0].mappings = Mappings::new(initial_break);
-        }
+        self.add_life(fork.child, identity, maps.clone(), initial_break);
         // The kernel side has given it its parent's list already; what counts here is the order
         // in which the agent takes and drops tables, and that waits for the probes.
         self.changed.insert(fork.child);
@@ -338,11 +342,11 @@ impl Watch {
             self.lives[id.0].process.end.get_or_insert_with(|| ENDED_BY_EXEC.to_owned());
             self.unwinding.forget(&self.kernel.unwind, exec.old);
         }
-        let maps = Maps::of(pid).unwrap_or_default();
+        let maps = maps_of(&self.kernel, exec.head.owner);
         self.unwinding.refresh(&self.kernel.unwind, exec.head.owner, pid, &maps);
         let former = former.map(|id| &self.lives[id.0]);
         let identity = Identity::of(pid).unwrap_or_else(|_| gone(pid, former));
-        self.add_life(exec.head.owner, identity, maps.clone());
+        self.add_life(exec.head.owner, identity, maps.clone(), None);
         if self.detacher.pending() > MAX_DETACHING && !self.placed.contains_key(&pid.0) {
             self.seen_late(pid, "got no probes: too many children come and go");
             return;
@@ -352,7 +356,8 @@ impl Watch {
 
     fn libraries_changed(&mut self, change: &LibrariesRecord) {
         let Some(id) = self.life_of(change.head.owner) else { return };
-        self.lives[id.0].refresh(change.library_epoch);
+        let maps = maps_of(&self.kernel, change.head.owner);
+        self.lives[id.0].refresh(change.library_epoch, maps);
         self.changed.insert(change.head.owner);
     }
 
@@ -362,10 +367,10 @@ impl Watch {
             return None;
         }
         self.end_former_life(pid, owner, "exited");
-        let maps = Maps::of(pid).unwrap_or_default();
+        let maps = maps_of(&self.kernel, owner);
         self.unwinding.refresh(&self.kernel.unwind, owner, pid, &maps);
         let identity = Identity::of(pid).unwrap_or_else(|_| gone(pid, None));
-        let id = self.add_life(owner, identity, maps.clone());
+        let id = self.add_life(owner, identity, maps.clone(), None);
         let _ = self.place(pid, &maps);
         Some(id)
     }
@@ -399,8 +404,9 @@ impl Watch {
     fn unmapped(&mut self, unmapped: &UnmappedRecord) {
         let owner = unmapped.head.owner;
         let Some(id) = self.life_of(owner).filter(|id| !self.lives[id.0].ended()) else { return };
+        let maps = maps_of(&self.kernel, owner);
         let life = &mut self.lives[id.0];
-        life.refresh(unmapped.library_epoch);
+        life.refresh(unmapped.library_epoch, maps);
         let mapping = life.space.maps().and_then(|maps| maps.find(unmapped.address));
         if mapping.is_some_and(|mapping| mapping.permissions.execute) {
             self.changed.insert(owner);
@@ -511,6 +517,17 @@ pub fn monotonic_ns() -> u64 {
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
     let time = Duration::new(now.tv_sec as u64, now.tv_nsec as u32);
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// The mappings of a life. Empty when they can't be read, or when the process has begun another life
+/// by `execve`, which the kernel side knows before its new program runs.
+fn maps_of(kernel: &Kernel, owner: Owner) -> Maps {
+    let pid = owner.tgid();
+    let maps = Maps::of(Pid(pid)).unwrap_or_default();
+    match kernel.processes.get(&pid) {
+        Ok(Some(state)) if state.owner != owner => Maps::default(),
+        _ => maps,
+    }
 }
 
 /// End of the `[heap]` mapping, which is the program break rounded up to a page.
