@@ -1,6 +1,6 @@
 //! One life of a process: from fork, exec or attach to its exit or next exec.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 use leakbpf_common::abi::{Owner, StackId};
 
@@ -29,13 +29,13 @@ pub struct PlacedFrame {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stack {
     pub outcome: StackOutcome,
-    pub frames: Vec<PlacedFrame>,
+    pub frames: Arc<[PlacedFrame]>,
 }
 
 impl Stack {
     /// Stands in for a stack that was not captured or not received.
     pub fn lost() -> Self {
-        Self { outcome: StackOutcome::Lost, frames: Vec::new() }
+        Self { outcome: StackOutcome::Lost, frames: Arc::from([]) }
     }
 }
 

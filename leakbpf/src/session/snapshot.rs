@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    hash::{Hash, Hasher},
     io,
     sync::Arc,
 };
@@ -26,7 +27,28 @@ use crate::{
 };
 
 /// Stack of a site as it is told apart from others: by code, not by address.
-type Code = Arc<[(Option<ModuleId>, u64)]>;
+struct Code(Arc<[PlacedFrame]>);
+
+impl Code {
+    fn places(&self) -> impl Iterator<Item = (Option<ModuleId>, u64)> {
+        self.0.iter().map(|frame| (frame.module, frame.svma))
+    }
+}
+
+impl PartialEq for Code {
+    fn eq(&self, other: &Self) -> bool {
+        self.places().eq(other.places())
+    }
+}
+
+impl Eq for Code {}
+
+impl Hash for Code {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.len().hash(state);
+        self.places().for_each(|place| place.hash(state));
+    }
+}
 
 /// The sites of a session, in the order in which they were met.
 #[derive(Default)]
@@ -43,7 +65,7 @@ struct Known {
     process: ProcessId,
     kind: SiteKind,
     outcome: StackOutcome,
-    placed: Vec<PlacedFrame>,
+    placed: Arc<[PlacedFrame]>,
     /// Named at the first snapshot that shows it.
     named: Option<Arc<[Frame]>>,
 }
@@ -80,7 +102,7 @@ impl Sites {
     }
 
     fn of_code(&mut self, process: ProcessId, kind: SiteKind, placed: Stack) -> SiteId {
-        let code: Code = placed.frames.iter().map(|frame| (frame.module, frame.svma)).collect();
+        let code = Code(placed.frames.clone());
         let next = SiteId(self.sites.len());
         let site = *self.by_code.entry((process, kind, placed.outcome, code)).or_insert(next);
         if site == next {
