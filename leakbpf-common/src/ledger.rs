@@ -68,8 +68,7 @@ pub struct InFlight {
     pub pointer: u64,
     /// [`Cookie`], packed.
     pub cookie: u64,
-    /// Where it returns to; 0 when that is not known, because another return probe had taken its
-    /// place. Our own takes it after this was read.
+    /// Where it returns to; 0 when a return probe takes that place.
     pub return_address: u64,
     pub owner: Owner,
     /// The block taken aside; meaningful when `aside` is 1.
@@ -117,29 +116,7 @@ pub struct Birth {
     pub size_bytes: u64,
 }
 
-impl InFlight {
-    /// Whether its end is probed in place, so that its return address stays on the stack.
-    #[inline(always)]
-    fn returns_unprobed(&self) -> bool {
-        Cookie::unpack(self.cookie).is_some_and(|cookie| cookie.returns_unprobed)
-    }
-}
-
 impl ThreadState {
-    /// Where the call returns to whose return address, at `slot`, a return probe has replaced.
-    #[inline(always)]
-    pub fn caller_behind_trampoline(&self, slot: u64) -> Option<u64> {
-        let mut index = 0;
-        while index < MAX_IN_FLIGHT && (index as u64) < self.depth {
-            let call = &self.calls[index];
-            if call.stack_pointer == slot && call.return_address != 0 {
-                return Some(call.return_address);
-            }
-            index += 1;
-        }
-        None
-    }
-
     /// The slot of the innermost call, in a form that the BPF verifier can bound.
     #[inline(always)]
     fn innermost(&self) -> usize {
@@ -163,7 +140,7 @@ impl ThreadState {
                 }
                 // Functions whose end is probed in place are never jumped to by one another: the
                 // same return address at the same place is the same caller, calling again.
-                let again = stack_pointer == top.stack_pointer && top.returns_unprobed();
+                let again = stack_pointer == top.stack_pointer && top.return_address != 0;
                 if !again && returns_to_probe(books, &top) {
                     return true;
                 }
@@ -209,7 +186,7 @@ pub fn is_trampoline(address: u64) -> bool {
 fn returns_to_probe(books: &mut impl Books, call: &InFlight) -> bool {
     match books.read_word(call.stack_pointer) {
         Some(0) | None => false,
-        Some(address) if call.returns_unprobed() => address == call.return_address,
+        Some(address) if call.return_address != 0 => address == call.return_address,
         Some(address) => is_trampoline(address),
     }
 }
@@ -244,9 +221,10 @@ pub fn enter(thread: &mut ThreadState, books: &mut impl Books, call: &Call) {
         SizeRule::Product => overflowing_product(call.size, call.second_size),
         SizeRule::Sum => (call.size, true),
     };
-    let return_address = match books.read_word(call.stack_pointer) {
-        Some(address) if !is_trampoline(address) => address,
-        _ => 0,
+    let return_address = if call.cookie.returns_unprobed {
+        books.read_word(call.stack_pointer).unwrap_or(0)
+    } else {
+        0
     };
     let mut old = Block::default();
     let mut aside = 0;

@@ -137,6 +137,22 @@ pub mod settings {
     #[unsafe(no_mangle)]
     pub static NEWTASK_FLAGS_OFFSET: u32 = 32;
 
+    /// Byte offset of `utask` in `struct task_struct`; 0 when the kernel does not tell.
+    #[unsafe(no_mangle)]
+    pub static TASK_UTASK: u32 = 0;
+    /// Of `return_instances` in `struct uprobe_task`.
+    #[unsafe(no_mangle)]
+    pub static UTASK_INSTANCES: u32 = 0;
+    /// Of `stack` in `struct return_instance`.
+    #[unsafe(no_mangle)]
+    pub static INSTANCE_STACK: u32 = 0;
+    /// Of `orig_ret_vaddr` in `struct return_instance`.
+    #[unsafe(no_mangle)]
+    pub static INSTANCE_CALLER: u32 = 0;
+    /// Of `next` in `struct return_instance`.
+    #[unsafe(no_mangle)]
+    pub static INSTANCE_NEXT: u32 = 0;
+
     /// Reads a setting; volatile, because the agent changes what the compiler sees as a constant.
     #[inline(always)]
     pub fn get(setting: &'static u32) -> u32 {

@@ -231,17 +231,3 @@ fn a_call_that_threw_does_not_hide_the_next_one_of_its_caller() {
     assert_eq!(blocks, [(0x1000, 10)]);
     assert_eq!(books.count(Tally::AbandonedCalls), 1);
 }
-
-#[test]
-fn the_caller_of_a_call_in_flight_is_known_behind_the_trampoline() {
-    let (mut thread, mut books) = start();
-    enter(&mut thread, &mut books, Role::Allocate, STACK, 0);
-    assert_eq!(thread.caller_behind_trampoline(STACK), Some(RETURN_ADDRESS));
-    assert_eq!(thread.caller_behind_trampoline(STACK + 8), None);
-    leave(&mut thread, &mut books, STACK, 0x1000);
-    assert_eq!(thread.caller_behind_trampoline(STACK), None);
-    // Another return probe came first.
-    books.memory.insert(STACK, TRAMPOLINE);
-    jump_to(&mut thread, &mut books, Role::Allocate, STACK, 0);
-    assert_eq!(thread.caller_behind_trampoline(STACK), None);
-}

@@ -8,7 +8,8 @@ use aya_ebpf::{
 };
 use leakbpf_common::{
     abi::{
-        Loss, MAX_FRAMES, Outcome, Owner, RecordHead, RecordKind, SiteCounters, SiteKey, StackId, StackWalk,
+        Loss, MAX_FRAMES, Outcome, Owner, RecordHead, RecordKind, SiteCounters, SiteKey, StackId,
+        StackWalk,
     },
     table::AddressSpace,
     unwind::Registers,

@@ -3,7 +3,8 @@
 use core::ffi::c_void;
 
 use aya_ebpf::helpers::{
-    bpf_get_current_pid_tgid, bpf_loop, bpf_probe_read_user, bpf_probe_read_user_buf,
+    bpf_get_current_task, bpf_loop, bpf_probe_read_kernel, bpf_probe_read_user,
+    bpf_probe_read_user_buf,
 };
 use leakbpf_common::{
     abi::{INTERRUPTED, MAX_FRAMES, Outcome, Owner, StackWalk},
@@ -14,7 +15,8 @@ use leakbpf_common::{
 
 use super::mix;
 use crate::maps::{
-    CACHED_RULES, SCRATCH, SPACES, Scratch, StackWindow, TABLES, THREADS, WINDOW_BYTES, WINDOW_WORDS, settings,
+    CACHED_RULES, SCRATCH, SPACES, Scratch, StackWindow, TABLES, WINDOW_BYTES, WINDOW_WORDS,
+    settings,
 };
 
 /// A frame's saved registers and return address lie so close to each other.
@@ -91,8 +93,8 @@ unsafe extern "C" fn frame(_index: u32, context: *mut c_void) -> i64 {
 
 /// Records the current frame and goes on to its caller; the outcome when there is none.
 ///
-/// `CACHES`: with the window and the rules that were looked up before, which are faster, but have
-/// more branches than a loop that the verifier follows turn by turn may have.
+/// `CACHES`: with the window, the rules that were looked up before and the way behind trampolines,
+/// which have more branches than a loop that the verifier follows turn by turn may have.
 #[inline(always)]
 fn advance<const CACHES: bool>(scratch: &mut Scratch, space: &AddressSpace) -> Option<Outcome> {
     let walk = &mut scratch.walk;
@@ -103,7 +105,7 @@ fn advance<const CACHES: bool>(scratch: &mut Scratch, space: &AddressSpace) -> O
             walk.mapping = u64::from(position);
             let mapping = &space.mappings[position as usize & (table::MAPPINGS_MAX - 1)];
             if mapping.table == no_table::TRAMPOLINE {
-                if go_behind_trampoline(&mut walk.registers) {
+                if CACHES && go_behind_trampoline(&mut walk.registers) {
                     return None;
                 }
                 return Some(Outcome::Trampoline);
@@ -128,7 +130,7 @@ fn advance<const CACHES: bool>(scratch: &mut Scratch, space: &AddressSpace) -> O
         }
         None => {
             // The trampoline's page comes with the process's first return probe.
-            if go_behind_trampoline(&mut walk.registers) {
+            if CACHES && go_behind_trampoline(&mut walk.registers) {
                 return None;
             }
             walk.unmapped = address;
@@ -158,23 +160,44 @@ fn advance<const CACHES: bool>(scratch: &mut Scratch, space: &AddressSpace) -> O
     }
 }
 
-/// A return probe has replaced the return address of an allocator function that is still running,
-/// when a mapping or a signal interrupts it: our own books know what stood there.
+/// A return probe has replaced a return address by that of a trampoline, when a mapping or a signal
+/// interrupts the function: the kernel keeps a list of what stood there, by place (`struct
+/// return_instance` in include/linux/uprobes.h).
 #[inline(always)]
 fn go_behind_trampoline(registers: &mut Registers) -> bool {
-    if !ledger::is_trampoline(registers.ip) {
+    if !ledger::is_trampoline(registers.ip) || settings::get(&settings::TASK_UTASK) == 0 {
         return false;
     }
-    let thread = THREADS.get_ptr_mut(bpf_get_current_pid_tgid());
     let slot = registers.sp.wrapping_sub(8);
-    // SAFETY: only the thread itself writes its state.
-    match thread.and_then(|thread| unsafe { &*thread }.caller_behind_trampoline(slot)) {
-        Some(address) => {
-            registers.ip = address;
-            true
+    // SAFETY: the helper has no preconditions.
+    let task = unsafe { bpf_get_current_task() };
+    let mut at = kernel_word(task, &settings::TASK_UTASK);
+    at = kernel_word(at, &settings::UTASK_INSTANCES);
+    let mut turn = 0;
+    while turn < RETURN_INSTANCES && at != 0 {
+        if kernel_word(at, &settings::INSTANCE_STACK) == slot {
+            let caller = kernel_word(at, &settings::INSTANCE_CALLER);
+            // One that came later has replaced the trampoline of another one.
+            if !ledger::is_trampoline(caller) {
+                registers.ip = caller;
+                return true;
+            }
         }
-        None => false,
+        at = kernel_word(at, &settings::INSTANCE_NEXT);
+        turn += 1;
     }
+    false
+}
+
+/// Return probes of one thread that are looked at: the kernel allows 64.
+const RETURN_INSTANCES: u32 = 16;
+
+/// A member of a kernel structure; 0 when it can't be read.
+#[inline(always)]
+fn kernel_word(structure: u64, offset: &'static u32) -> u64 {
+    let address = structure.wrapping_add(u64::from(settings::get(offset)));
+    // SAFETY: the helper checks the address.
+    unsafe { bpf_probe_read_kernel(address as *const u64) }.unwrap_or(0)
 }
 
 impl StackWindow {

@@ -17,6 +17,7 @@ use leakbpf_common::{
 
 use super::{
     attach::{Link, attach, attach_tracepoint},
+    kernel_types::KernelTypes,
     tables::Table,
     unwind_maps::UnwindMaps,
 };
@@ -36,6 +37,38 @@ pub struct Settings {
     /// Byte offsets of `pid` and `clone_flags` in the record of `task:task_newtask`.
     pub newtask_pid_offset: u32,
     pub newtask_flags_offset: u32,
+    pub return_instances: Option<ReturnInstances>,
+}
+
+/// Where the kernel keeps the return addresses that return probes have replaced: byte offsets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReturnInstances {
+    /// `task_struct.utask`
+    pub utask: u32,
+    /// `uprobe_task.return_instances`
+    pub first: u32,
+    /// `return_instance.stack`
+    pub stack: u32,
+    /// `return_instance.orig_ret_vaddr`
+    pub caller: u32,
+    /// `return_instance.next`
+    pub next: u32,
+}
+
+impl ReturnInstances {
+    /// Of a kernel with this type information.
+    pub fn find(btf: &[u8]) -> Option<Self> {
+        let types = KernelTypes::parse(btf)?;
+        Some(Self {
+            utask: types.offset_of("task_struct", "utask")?,
+            first: types.offset_of("uprobe_task", "return_instances")?,
+            stack: types.offset_of("return_instance", "stack")?,
+            caller: types.offset_of("return_instance", "orig_ret_vaddr")?,
+            next: types.offset_of("return_instance", "next")?,
+        })
+    }
+
+    const UNKNOWN: Self = Self { utask: 0, first: 0, stack: 0, caller: 0, next: 0 };
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -177,6 +210,7 @@ impl Kernel {
         let all = u32::from(settings.watch_all);
         let walk = settings.stack_walk as u32;
         let agent = std::process::id();
+        let returns = settings.return_instances.unwrap_or(ReturnInstances::UNKNOWN);
         let mut loader = EbpfLoader::new();
         loader
             .btf(None)
@@ -187,6 +221,11 @@ impl Kernel {
             .override_global("AGENT_TGID", &agent, true)
             .override_global("NEWTASK_PID_OFFSET", &settings.newtask_pid_offset, true)
             .override_global("NEWTASK_FLAGS_OFFSET", &settings.newtask_flags_offset, true)
+            .override_global("TASK_UTASK", &returns.utask, true)
+            .override_global("UTASK_INSTANCES", &returns.first, true)
+            .override_global("INSTANCE_STACK", &returns.stack, true)
+            .override_global("INSTANCE_CALLER", &returns.caller, true)
+            .override_global("INSTANCE_NEXT", &returns.next, true)
             .map_max_entries("BLOCKS", settings.max_blocks);
         let mut ebpf = loader.load(OBJECT).map_err(load_error)?;
         let counts = PerCpuArray::try_from(take_map(&mut ebpf, "COUNTS")?).map_err(load_error)?;

@@ -4,6 +4,7 @@ pub mod attach;
 pub mod discover;
 pub mod functions;
 pub mod kernel;
+pub mod kernel_types;
 pub mod planner;
 pub mod records;
 pub mod tables;

@@ -18,13 +18,15 @@ const SYS_URETPROBE: libc::c_long = 335;
 /// What the test filter answers: an error number that no system call returns.
 const FILTERED_ERRNO: i32 = 3999;
 
+const KERNEL_TYPES: &str = "/sys/kernel/btf/vmlinux";
+
 /// Looks at this machine and at the agent's rights. What cannot be read counts as absent.
 pub fn observe() -> HostFacts {
     let kernel_release = line("/proc/sys/kernel/osrelease").unwrap_or_default();
     let status = Status::of(Pid::current()).unwrap_or_default();
     let is_old =
         KernelVersion::parse(&kernel_release).is_none_or(|version| version < OLDEST_KERNEL);
-    let btf = Path::new("/sys/kernel/btf/vmlinux");
+    let btf = Path::new(KERNEL_TYPES);
     HostFacts {
         architecture: std::env::consts::ARCH.to_owned(),
         effective_uid: nix::unistd::geteuid().as_raw(),
@@ -43,6 +45,11 @@ pub fn observe() -> HostFacts {
         seccomp_and_return_probes: try_seccomp(),
         kernel_release,
     }
+}
+
+/// The kernel's type information (BTF), where it gives it.
+pub fn kernel_types() -> Option<Vec<u8>> {
+    fs::read(KERNEL_TYPES).ok()
 }
 
 fn line(path: &str) -> Option<String> {

@@ -39,7 +39,7 @@ use self::{
 use crate::{
     preflight::{self, kernel_version::KernelVersion},
     probe::{
-        kernel::{Kernel, KernelError, MappingEvents, Settings},
+        kernel::{Kernel, KernelError, MappingEvents, ReturnInstances, Settings},
         planner,
         records::Record,
     },
@@ -278,6 +278,7 @@ fn settings(config: &Config) -> Result<Settings, SessionError> {
         max_blocks: config.max_blocks,
         newtask_pid_offset: offset("pid")?,
         newtask_flags_offset: offset("clone_flags")?,
+        return_instances: host::kernel_types().as_deref().and_then(ReturnInstances::find),
     })
 }
 
