@@ -71,11 +71,12 @@ impl Books for KernelBooks {
     #[inline(always)]
     fn allocated(&mut self, owner: Owner, stack: StackId, size_bytes: u64) {
         let key = SiteKey { owner, stack };
-        if SITES.get_ptr_mut(key).is_none() {
+        let site = SITES.get_ptr_mut(key).or_else(|| {
             // Only the site of a lost stack is not made by the capture.
             let _ = SITES.insert(key, SiteCounters::default(), BPF_NOEXIST as u64);
-        }
-        if let Some(site) = SITES.get_ptr_mut(key) {
+            SITES.get_ptr_mut(key)
+        });
+        if let Some(site) = site {
             // SAFETY: field addresses of a live map value.
             unsafe {
                 add(&raw mut (*site).allocated_bytes, size_bytes);
