@@ -14,6 +14,7 @@ mod pages;
 mod profile;
 mod refusal;
 mod scenario;
+pub mod servers;
 mod services;
 mod storm;
 mod target;

@@ -194,6 +194,10 @@ impl Profile {
 }
 
 impl Site {
+    pub fn is_complete(&self) -> bool {
+        self.stack_outcome == "complete"
+    }
+
     pub fn has_function(&self, function: &str) -> bool {
         self.frames
             .iter()

@@ -6,8 +6,9 @@ use std::net::TcpStream;
 use std::process::Command;
 
 use leakbpf_tests::{
-    Books, Leakbpf, Profile, Program, Service, Session, Target, c_library, free_port, monotonic_ns,
+    Books, Leakbpf, Profile, Program, Service, Session, Target, c_library, monotonic_ns,
     require_program, rust_program,
+    servers::{memcached, nginx, redis},
 };
 
 /// The service on the preloaded oracle. Its books are `DIRECTORY/oracle.PID`.
@@ -34,16 +35,6 @@ fn books_and_report(
     (books, profile)
 }
 
-fn redis(directory: &tempfile::TempDir) -> (Command, u16) {
-    let port = free_port();
-    let mut command = Command::new(require_program("redis-server", "redis-server"));
-    command
-        .current_dir(directory.path())
-        .args(["--port", &port.to_string(), "--save", "", "--appendonly", "no"])
-        .args(["--bind", "127.0.0.1", "--hz", "10"]);
-    (command, port)
-}
-
 fn redis_command(stream: &mut TcpStream, line: &str) -> String {
     Service::ask(stream, format!("{line}\r\n").as_bytes(), "\r\n")
 }
@@ -57,7 +48,7 @@ fn redis_used_memory(stream: &mut TcpStream) -> u64 {
 #[test]
 fn redis_grows_by_what_it_says_itself() {
     let directory = tempfile::tempdir().expect("a temporary directory");
-    let (mut command, port) = redis(&directory);
+    let (mut command, port) = redis(directory.path());
     let service = Service::start(&mut command, port);
     let mut stream = service.connect();
     redis_command(&mut stream, "PING");
@@ -105,7 +96,7 @@ fn largest(profile: &Profile) -> String {
 #[test]
 fn redis_is_exact_by_the_oracle() {
     let directory = tempfile::tempdir().expect("a temporary directory");
-    let (mut command, port) = redis(&directory);
+    let (mut command, port) = redis(directory.path());
     with_oracle(&mut command, &directory);
     let service = Service::start(&mut command, port);
     let mut stream = service.connect();
@@ -126,9 +117,7 @@ fn redis_is_exact_by_the_oracle() {
 #[test]
 fn memcached_is_exact_by_the_oracle() {
     let directory = tempfile::tempdir().expect("a temporary directory");
-    let port = free_port();
-    let mut command = Command::new(require_program("memcached", "memcached"));
-    command.args(["-u", "root", "-l", "127.0.0.1", "-p", &port.to_string(), "-U", "0"]);
+    let (mut command, port) = memcached();
     with_oracle(&mut command, &directory);
     let service = Service::start(&mut command, port);
     let session = Leakbpf::record().pid(service.pid()).start();
@@ -152,18 +141,7 @@ fn memcached_is_exact_by_the_oracle() {
 #[test]
 fn nginx_is_exact_by_the_oracle() {
     let directory = tempfile::tempdir().expect("a temporary directory");
-    let port = free_port();
-    let path = directory.path().display().to_string();
-    let configuration = format!(
-        "daemon off; master_process off; pid {path}/pid; error_log {path}/error.log;\n\
-         env ORACLE_FILE; events {{ worker_connections 256; }}\n\
-         http {{ access_log off; client_body_temp_path {path}/body; proxy_temp_path {path}/proxy;\n\
-         fastcgi_temp_path {path}/fastcgi; uwsgi_temp_path {path}/uwsgi; scgi_temp_path {path}/scgi;\n\
-         server {{ listen 127.0.0.1:{port}; location / {{ return 200 hello; }} }} }}\n"
-    );
-    std::fs::write(directory.path().join("nginx.conf"), configuration).expect("a written file");
-    let mut command = Command::new(require_program("nginx", "nginx-light"));
-    command.args(["-p", &path, "-c", &format!("{path}/nginx.conf")]);
+    let (mut command, port) = nginx(directory.path());
     with_oracle(&mut command, &directory);
     let service = Service::start(&mut command, port);
     let session = Leakbpf::record().pid(service.pid()).start();

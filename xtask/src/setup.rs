@@ -19,6 +19,8 @@ const TESTS: &[&str] = &[
     "nginx-light",
     "python3",
     "golang-go",
+    "sqlite3",
+    "perl",
 ];
 
 /// What the guests of `xtask/vm-run` need on the host. It fetches QEMU itself.
@@ -40,6 +42,9 @@ pub fn run() -> Result<()> {
     }
     if shell::find_program("node").is_none() {
         wanted.push("nodejs");
+    }
+    if shell::find_program("javac").is_none() {
+        wanted.push("default-jdk-headless");
     }
     packages::install(&wanted)?;
     println!("setup: everything is installed");

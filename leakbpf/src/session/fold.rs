@@ -218,6 +218,7 @@ fn let_go(watch: &mut Watch, ended: &HashMap<Owner, ProcessId>) -> Vec<(ProcessI
         ));
         life.folded = true;
         life.space = Space::default();
+        life.perf_map = None;
         life.mappings = Mappings::new(None);
         process.0 < listed
     });

@@ -5,6 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 use leakbpf_common::abi::{Owner, StackId};
 
 use super::{
+    jit::PerfMapPlace,
     modules::Modules,
     space::{Place, Space},
 };
@@ -48,13 +49,23 @@ pub struct Life {
     pub space: Space,
     pub mappings: Mappings,
     pub stacks: HashMap<StackId, Stack>,
+    /// Known once a stack leads through code made at run time.
+    pub perf_map: Option<PerfMapPlace>,
     /// Its totals are kept elsewhere, and the kernel side knows it no more.
     pub folded: bool,
 }
 
 impl Life {
     pub fn new(owner: Owner, process: profile::Process, space: Space, mappings: Mappings) -> Self {
-        Self { owner, process, space, mappings, stacks: HashMap::new(), folded: false }
+        Self {
+            owner,
+            process,
+            space,
+            mappings,
+            stacks: HashMap::new(),
+            perf_map: None,
+            folded: false,
+        }
     }
 
     pub fn pid(&self) -> Pid {
@@ -87,6 +98,9 @@ impl Life {
             self.refresh(stack.library_epoch, read(self.owner));
         }
         let placed = self.place(stack, modules);
+        if self.perf_map.is_none() && placed.frames.iter().any(|frame| frame.module.is_none()) {
+            self.perf_map = PerfMapPlace::find(self.pid());
+        }
         self.stacks.insert(stack.stack, placed);
     }
 

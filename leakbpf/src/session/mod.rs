@@ -6,6 +6,7 @@
 pub mod config;
 pub mod floor;
 mod fold;
+mod jit;
 pub mod life;
 mod limits;
 pub mod modules;
@@ -47,7 +48,6 @@ use crate::{
         Pid, ProcessError, host,
         launch::{LaunchError, LaunchedProgram, exit_code, launch},
         select::{SelectError, Selector, select},
-        status::Status,
         target, tracefs,
     },
     profile::{Mode, Profile, Symbol},
@@ -327,12 +327,6 @@ fn unix_ns() -> u64 {
 pub use terminal::options as terminal_options;
 
 /// The perf map of a process that makes code at run time.
-pub(crate) fn perf_map_of(pid: Pid) -> Option<PerfMap> {
-    let status = Status::of(pid).ok()?;
-    let namespace_pid = status.namespace_pids.last().copied().unwrap_or(pid.0);
-    PerfMap::open(&pid.proc_path("root"), namespace_pid, status.effective_uid?).ok().flatten()
-}
-
 pub(crate) fn jit_symbols(map: Option<&PerfMap>, avma: u64) -> Arc<[Symbol]> {
     let name = map.and_then(|map| map.name(avma.saturating_sub(1)));
     name.map(|function| Symbol { function, file: None, line: None, inlined: false })

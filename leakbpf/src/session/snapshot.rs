@@ -284,7 +284,7 @@ impl Sites {
                             Some(module) => modules.name(module, frame.svma, !frame.interrupted),
                             None => {
                                 let map = self.jit.entry(known.process).or_insert_with(|| {
-                                    life.and_then(|life| super::perf_map_of(life.pid()))
+                                    life.and_then(|life| life.perf_map.as_ref()?.read())
                                 });
                                 super::jit_symbols(map.as_ref(), frame.avma)
                             }

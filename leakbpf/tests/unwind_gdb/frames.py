@@ -41,7 +41,9 @@ def point():
             if frame.type() not in (gdb.INLINE_FRAME, gdb.TAILCALL_FRAME):
                 tell("frame", frame.pc(), frame.name() or "?")
             frame = frame.older()
-    selected.switch()
+    # It may be the thread that has just ended.
+    if selected is not None and selected.is_valid():
+        selected.switch()
     tell("end")
 
 
