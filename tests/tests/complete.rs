@@ -143,9 +143,12 @@ fn assert_complete_up_to_jit(profile: &Profile, at_least: u64) {
 fn node_up_to_code_made_at_run_time() {
     let script = "let kept = []; function leakyHandler(n) { kept.push(Buffer.alloc(20000 + n)); }\n\
         for (let i = 0; i < 1500; i++) leakyHandler(i % 7);";
+    let directory = tempfile::tempdir().expect("a directory");
+    // V8 writes a log of its own as well.
+    let log = format!("--logfile={}/v8.log", directory.path().display());
     let node = program("node", "nodejs");
-    let profile =
-        record(&[&node, "--perf-basic-prof", "--interpreted-frames-native-stack", "-e", script]);
+    let [names, all] = ["--perf-basic-prof", "--interpreted-frames-native-stack"];
+    let profile = record(&[&node, names, all, "--no-logfile-per-isolate", &log, "-e", script]);
     assert_complete_up_to_jit(&profile, 1500);
     assert!(profile.names_function("leakyHandler"), "no name from the perf map");
 }

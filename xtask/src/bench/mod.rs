@@ -5,6 +5,7 @@ mod pair;
 mod program;
 mod scale;
 mod servers;
+mod stacks;
 mod table;
 
 use std::fs;
@@ -32,6 +33,8 @@ pub struct Options {
 enum Group {
     /// malloc and free, against other tools
     Pair,
+    /// Stacks by depth, with unwind rows and with frame pointers
+    Stacks,
     /// redis and memcached under load
     Servers,
     /// Start-up, and a million live blocks
@@ -42,6 +45,7 @@ impl Group {
     const fn name(self) -> &'static str {
         match self {
             Self::Pair => "pair",
+            Self::Stacks => "stacks",
             Self::Servers => "servers",
             Self::Scale => "scale",
         }
@@ -55,7 +59,7 @@ pub fn run(options: &Options) -> Result<()> {
     setup::run()?;
     shell::run(shell::cargo().args(["build", "--release", "-p", "leakbpf"]))?;
     let groups = match options.groups.as_slice() {
-        [] => &[Group::Pair, Group::Servers, Group::Scale],
+        [] => &[Group::Pair, Group::Stacks, Group::Servers, Group::Scale],
         chosen => chosen,
     };
     let file = shell::root().join("docs/benchmarks.md");
@@ -64,6 +68,7 @@ pub fn run(options: &Options) -> Result<()> {
     for &group in groups {
         let result = match group {
             Group::Pair => pair::run(options.rounds),
+            Group::Stacks => stacks::run(options.rounds),
             Group::Servers => servers::run(options.rounds),
             Group::Scale => scale::run(options.rounds),
         };

@@ -135,7 +135,7 @@ fn wrapped(path: &Path, wrapper: &[&str], [shallow, deep]: &mut [Samples; 2]) ->
 }
 
 /// Nanoseconds a pair, over as many pairs as take about [`SPAN_NS`].
-fn pair_ns(program: &mut Program, depth: u64) -> Result<f64> {
+pub fn pair_ns(program: &mut Program, depth: u64) -> Result<f64> {
     const WARM_UP: u64 = 2000;
     program.order(WARM_UP, depth)?;
     let estimate = program.order(WARM_UP, depth)? / WARM_UP as f64;
