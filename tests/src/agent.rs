@@ -15,7 +15,7 @@ use crate::profile::Profile;
 use crate::{monotonic_ns, require_root};
 
 /// Longest that attaching or the final report may take.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(150);
 
 /// A `leakbpf` command line without arguments. The program is built on first use; `LEAKBPF`
 /// names another one.
