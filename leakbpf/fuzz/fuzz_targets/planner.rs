@@ -43,7 +43,7 @@ fn file(data: &[u8]) {
 
 fn function(choice: u8, code: &[u8]) {
     let kernel = Kernel { emulates_long_nops: choice & 1 != 0 };
-    // At an address where sums may overflow, or at an ordinary one.
+    // Where addresses overflow within the function, or at an ordinary address.
     let svma = if choice & 2 != 0 { u64::MAX - 16 } else { SVMA };
     let size_bytes = match choice >> 2 & 3 {
         0 => 0,
@@ -74,7 +74,7 @@ fn function(choice: u8, code: &[u8]) {
     let _ = kernel::treatment(bytes);
     let _ = flow::import_slot(bytes, svma);
     let from = |address: u64| -> &[u8] {
-        let offset = address.checked_sub(svma).and_then(|offset| usize::try_from(offset).ok());
+        let offset = usize::try_from(address.wrapping_sub(svma)).ok();
         offset.and_then(|offset| bytes.get(offset..)).unwrap_or_default()
     };
     for null_is_failure in [false, true] {
