@@ -15,8 +15,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gimli::{
-    Abbreviations, AttributeValue, DebugAbbrevOffset, DebugInfoOffset, DebugLineOffset,
-    EndianSlice, LittleEndian, Section as _, SectionId, UnitOffset,
+    Abbreviations, AttributeSpecification, AttributeValue, DebugAbbrevOffset, DebugInfoOffset,
+    DebugLineOffset, EndianSlice, LittleEndian, Section as _, SectionId, UnitOffset,
 };
 
 use crate::elf::image::{Image, ImageError};
@@ -43,6 +43,9 @@ const LOOKUP_TIME_MAX: Duration = Duration::from_secs(2);
 /// thirty times what large honest files take.
 const TOTAL_TIME_MAX: Duration = Duration::from_secs(20);
 const LOOKUP_TIME_MEAN_MAX: Duration = Duration::from_millis(1);
+
+/// Steps between two looks at the clock.
+const STEPS_BETWEEN_LOOKS: u32 = 1024;
 
 #[derive(Debug, thiserror::Error)]
 pub enum DwarfError {
@@ -75,8 +78,18 @@ impl Budget {
 
     /// Accounts for something that is looked at.
     fn step(&mut self) -> Result<(), DwarfError> {
-        self.steps = self.steps.wrapping_add(1);
-        if self.steps.is_multiple_of(1024) {
+        self.step_by(1)
+    }
+
+    /// Accounts for the attributes of a DIE. There can be a million, and take no byte of it.
+    fn step_over(&mut self, attributes: &[AttributeSpecification]) -> Result<(), DwarfError> {
+        self.step_by(u32::try_from(attributes.len()).unwrap_or(u32::MAX))
+    }
+
+    fn step_by(&mut self, steps: u32) -> Result<(), DwarfError> {
+        self.steps = self.steps.saturating_add(steps);
+        if self.steps >= STEPS_BETWEEN_LOOKS {
+            self.steps = 0;
             self.check_time()?;
         }
         Ok(())
@@ -370,6 +383,8 @@ impl<'a> Ranges<'a> {
             budget.keep()
         };
         if let Some(list) = self.list {
+            // It may be as long as its section, and say nothing.
+            budget.check_time()?;
             let Ok(Some(mut ranges)) = dwarf.attr_ranges(unit, list) else {
                 return Ok(());
             };
@@ -521,6 +536,7 @@ fn name_of<'a>(
     lookup: &mut Lookup<'a>,
     unit: &Unit<'a>,
     offset: UnitOffset,
+    budget: &mut Budget,
 ) -> Result<Option<Reader<'a>>, DwarfError> {
     let mut part = Part::Main;
     let mut offset = offset;
@@ -535,6 +551,7 @@ fn name_of<'a>(
             let Some(abbreviation) = entries.read_abbreviation()? else {
                 return Ok(None);
             };
+            budget.step_over(abbreviation.attributes())?;
             for specification in abbreviation.attributes() {
                 let attribute = entries.read_attribute(*specification)?;
                 match attribute.name() {
@@ -569,6 +586,7 @@ fn name_of<'a>(
         let Some(around) = lookup.unit_around(next_part, target) else {
             return Ok(None);
         };
+        budget.check_time()?;
         let (next, _) = lookup.open(next_part, around)?;
         let Some(inside) = DebugInfoOffset(target).to_unit_offset(&next.header) else {
             return Ok(None);
