@@ -326,6 +326,20 @@ mod tests {
     }
 
     #[test]
+    fn an_image_keeps_little_of_each_of_many_sections() {
+        use crate::elf::image::{Image, Source};
+        let open = |count| {
+            let file = with_sections(count, &vec![b'x'; 1 << 20]);
+            Image::open(Source::Memory(file.into()))
+        };
+        let image = open(1 << 14).unwrap();
+        let bytes: usize =
+            image.sections().iter().map(|section| size_of_val(section) + section.name.len()).sum();
+        assert!(bytes <= 3 << 20, "{bytes} bytes");
+        assert!(open(1 + (1 << 14)).is_err());
+    }
+
+    #[test]
     fn a_name_as_long_as_the_file_is_not_read_for_each_section() {
         let file = with_sections(100_000, &vec![b'x'; 8 << 20]);
         let start = Instant::now();
