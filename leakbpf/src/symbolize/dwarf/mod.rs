@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use gimli::{
     Abbreviations, AttributeSpecification, AttributeValue, DebugAbbrevOffset, DebugInfoOffset,
-    DebugLineOffset, EndianSlice, LittleEndian, Section as _, SectionId, UnitOffset,
+    DebugLineOffset, EndianSlice, LittleEndian, Reader as _, Section as _, SectionId, UnitOffset,
 };
 
 use crate::elf::image::{Image, ImageError};
@@ -28,7 +28,10 @@ type Unit<'a> = gimli::Unit<Reader<'a>>;
 
 /// The largest compilers' tables have some ten thousand entries.
 const ABBREVIATIONS_MAX_BYTES: usize = 1 << 20;
-const ABBREVIATIONS_KEPT: usize = 64;
+/// Bytes of the tables that are kept parsed.
+const ABBREVIATIONS_KEPT_BYTES: usize = 1 << 20;
+/// What a byte of a table takes when parsed, at worst.
+const ABBREVIATIONS_GROWTH: usize = 24;
 /// Parsed units are dropped beyond this.
 const UNITS_KEPT_BYTES: usize = 16 << 20;
 /// Units that claim the same address and are tried for it.
@@ -141,7 +144,7 @@ pub struct DebugInfo {
     unit_offsets: UnitOffsets,
     alternate_unit_offsets: UnitOffsets,
     units: HashMap<u32, UnitNames>,
-    abbreviations: HashMap<(Part, usize), Arc<Abbreviations>>,
+    abbreviations: KeptAbbreviations,
     section_bytes: usize,
     lookups: u32,
     spent: Duration,
@@ -167,7 +170,7 @@ impl DebugInfo {
             unit_offsets: Vec::new(),
             alternate_unit_offsets: Vec::new(),
             units: HashMap::new(),
-            abbreviations: HashMap::new(),
+            abbreviations: KeptAbbreviations::default(),
             section_bytes: (limit_bytes - left) as usize,
             lookups: 0,
             spent: Duration::ZERO,
@@ -179,7 +182,10 @@ impl DebugInfo {
     /// Bytes kept in memory, nearly.
     pub fn size_bytes(&self) -> usize {
         let units: usize = self.units.values().map(UnitNames::size_bytes).sum();
-        self.section_bytes + units + self.spans.len() * size_of::<Span>()
+        self.section_bytes
+            + units
+            + self.spans.len() * size_of::<Span>()
+            + self.abbreviations.bytes * ABBREVIATIONS_GROWTH
     }
 
     fn index(&mut self) -> Result<(), DwarfError> {
@@ -307,7 +313,7 @@ struct Lookup<'a> {
     dwarf: Dwarf<'a>,
     unit_offsets: &'a UnitOffsets,
     alternate_unit_offsets: &'a UnitOffsets,
-    abbreviations: &'a mut HashMap<(Part, usize), Arc<Abbreviations>>,
+    abbreviations: &'a mut KeptAbbreviations,
 }
 
 impl<'a> Lookup<'a> {
@@ -322,14 +328,14 @@ impl<'a> Lookup<'a> {
     fn open(&mut self, part: Part, offset: usize) -> Result<(Unit<'a>, Root<'a>), DwarfError> {
         let header = self.dwarf(part).unit_header(DebugInfoOffset(offset))?;
         let DebugAbbrevOffset(table) = header.debug_abbrev_offset();
-        let abbreviations = match self.abbreviations.get(&(part, table)) {
+        let abbreviations = match self.abbreviations.tables.get(&(part, table)) {
             Some(known) => known.clone(),
             None => {
-                let parsed = abbreviations(self.dwarf(part), table)?;
-                if self.abbreviations.len() >= ABBREVIATIONS_KEPT {
-                    self.abbreviations.clear();
-                }
-                self.abbreviations.insert((part, table), parsed.clone());
+                let (parsed, bytes) = {
+                    let dwarf = self.dwarf(part);
+                    (abbreviations(dwarf, table)?, table_bytes(dwarf, table)?)
+                };
+                self.abbreviations.keep((part, table), parsed.clone(), bytes);
                 parsed
             }
         };
@@ -485,6 +491,45 @@ fn open_unit<'a>(
         unit.low_pc = low_pc;
     }
     Ok((unit, root))
+}
+
+/// Tables that several units may share.
+#[derive(Debug, Default)]
+struct KeptAbbreviations {
+    tables: HashMap<(Part, usize), Arc<Abbreviations>>,
+    /// In the section.
+    bytes: usize,
+}
+
+impl KeptAbbreviations {
+    fn keep(&mut self, place: (Part, usize), table: Arc<Abbreviations>, bytes: usize) {
+        if self.bytes.saturating_add(bytes) > ABBREVIATIONS_KEPT_BYTES {
+            *self = Self::default();
+        }
+        self.bytes = self.bytes.saturating_add(bytes);
+        self.tables.insert(place, table);
+    }
+}
+
+/// How long a table is that can be read.
+fn table_bytes(dwarf: &Dwarf, offset: usize) -> Result<usize, DwarfError> {
+    let mut reader = *dwarf.debug_abbrev.reader();
+    reader.skip(offset)?;
+    let all = reader.len();
+    while reader.read_uleb128()? != 0 {
+        reader.read_uleb128()?;
+        reader.read_u8()?;
+        loop {
+            let (name, form) = (reader.read_uleb128()?, reader.read_uleb128()?);
+            if form == u64::from(gimli::DW_FORM_implicit_const.0) {
+                reader.read_sleb128()?;
+            }
+            if (name, form) == (0, 0) {
+                break;
+            }
+        }
+    }
+    Ok(all - reader.len())
 }
 
 fn abbreviations(dwarf: &Dwarf, offset: usize) -> Result<Arc<Abbreviations>, DwarfError> {
