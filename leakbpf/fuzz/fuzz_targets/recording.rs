@@ -25,18 +25,15 @@ const LISTS_MAX: usize = 12;
 const ROWS_MAX: usize = 12;
 
 struct Place {
-    /// In a folder that stays: libFuzzer ends without running destructors.
+    /// libFuzzer ends without running destructors: `cargo xtask fuzz` removes it.
     file: PathBuf,
     /// A recording with its tables and no rows but the session's facts.
     template: Vec<u8>,
 }
 
 static PLACE: LazyLock<Place> = LazyLock::new(|| {
-    let directory = tempfile::Builder::new()
-        .prefix("leakbpf-fuzz-")
-        .tempdir_in("/dev/shm")
-        .expect("a directory in memory")
-        .keep();
+    let directory =
+        tempfile::Builder::new().prefix("leakbpf-fuzz-").tempdir().expect("a directory").keep();
     let path = directory.join("template");
     let facts = SessionFacts {
         mode: Mode::Exact,
@@ -75,7 +72,7 @@ fuzz_target!(
     },
     |data: &[u8]| {
         if data.starts_with(b"SQLite") {
-            fs::write(&PLACE.file, data).expect("room in memory");
+            fs::write(&PLACE.file, data).expect("room");
         } else if fill(data).is_err() {
             return;
         }

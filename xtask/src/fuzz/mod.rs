@@ -84,11 +84,15 @@ impl Folders {
         Ok(folder)
     }
 
+    fn temporary(&self) -> PathBuf {
+        self.work.join("tmp")
+    }
+
     fn command(&self, target: Target) -> Command {
         let folder = self.work.join("build/x86_64-unknown-linux-gnu/release");
         let mut command = Command::new(folder.join(target.name()));
         // SQLite has constants of one name in two of its parts.
-        command.env("ASAN_OPTIONS", "detect_odr_violation=0");
+        command.env("ASAN_OPTIONS", "detect_odr_violation=0").env("TMPDIR", self.temporary());
         command
     }
 }
@@ -103,6 +107,7 @@ pub fn run(options: &Options) -> Result<()> {
         shell::run(shell::cargo().args(["install", "--locked", "cargo-fuzz"]))?;
     }
     build(&folders)?;
+    fs::create_dir_all(folders.temporary()).context("create a folder for temporary files")?;
     let mut failed = Vec::new();
     for &target in targets {
         println!("\n=== {}", target.name());
@@ -112,6 +117,7 @@ pub fn run(options: &Options) -> Result<()> {
             failed.push(target.name());
         }
     }
+    fs::remove_dir_all(folders.temporary()).context("remove temporary files")?;
     if !failed.is_empty() {
         bail!("{} found something: see target/fuzz/artifacts", failed.join(", "));
     }
