@@ -17,7 +17,7 @@ const CHECKS: &[Check] = &[
     Check { name: "setup", remedy: "cargo xtask setup", run: setup::run },
     Check {
         name: "format",
-        remedy: "cargo fmt --all && (cd leakbpf-ebpf && cargo fmt)",
+        remedy: "cargo fmt --all && (cd leakbpf-ebpf && cargo fmt) && (cd leakbpf/fuzz && cargo fmt)",
         run: format,
     },
     Check {
@@ -79,12 +79,10 @@ pub fn run() -> Result<()> {
 
 fn format() -> Result<()> {
     shell::run(shell::cargo().args(["fmt", "--all", "--check"]))?;
-    shell::run(shell::cargo().args([
-        "fmt",
-        "--manifest-path",
-        "leakbpf-ebpf/Cargo.toml",
-        "--check",
-    ]))
+    for manifest in ["leakbpf-ebpf/Cargo.toml", "leakbpf/fuzz/Cargo.toml"] {
+        shell::run(shell::cargo().args(["fmt", "--manifest-path", manifest, "--check"]))?;
+    }
+    Ok(())
 }
 
 fn lint() -> Result<()> {

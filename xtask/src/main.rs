@@ -3,6 +3,7 @@
 mod bench;
 mod bpf;
 mod ci;
+mod fuzz;
 mod kernel;
 mod packages;
 mod setup;
@@ -30,6 +31,8 @@ enum Command {
     Test(test::Options),
     /// Run everything that must be green before a merge
     Ci,
+    /// Read mutated files with a sanitizer watching (nightly Rust)
+    Fuzz(fuzz::Options),
     /// Measure, and write the tables of docs/benchmarks.md
     Bench(bench::Options),
 }
@@ -40,6 +43,7 @@ fn main() -> ExitCode {
         Command::Bpf(options) => bpf::run(&options),
         Command::Test(options) => test::run(&options),
         Command::Ci => ci::run(),
+        Command::Fuzz(options) => fuzz::run(&options),
         Command::Bench(options) => bench::run(&options),
     };
     match result {

@@ -11,6 +11,13 @@ use object::read::elf::{FileHeader, NoteIterator, ProgramHeader, SectionHeader, 
 /// Most program headers that are looked at; `e_phnum` of real files stays below 20.
 const MAX_SEGMENTS: usize = 256;
 
+/// Most section headers that are looked at; `-ffunction-sections` objects aside, files have some
+/// dozens.
+pub(super) const MAX_SECTIONS: usize = 1 << 16;
+
+/// Longer than each name that is looked for.
+const MAX_SECTION_NAME_BYTES: usize = 64;
+
 /// Most notes that are looked at in one file. Real ones have half a dozen; a hostile one can list
 /// the same megabytes of notes under each of its sections.
 const MAX_NOTES: usize = 4096;
@@ -142,7 +149,8 @@ impl<'data> ElfFile<'data> {
             }
         }
         if let Ok(sections) = header.sections(endian, data) {
-            file.read_sections(endian, &sections, &mut notes_left);
+            let names = section_names(header, endian, data, &sections);
+            file.read_sections(endian, &sections, names, &mut notes_left);
         }
         Ok(file)
     }
@@ -170,10 +178,11 @@ impl<'data> ElfFile<'data> {
         &mut self,
         endian: Endianness,
         sections: &SectionTable<'data, Elf>,
+        names: &'data [u8],
         notes_left: &mut usize,
     ) {
-        for section in sections.iter() {
-            let name = sections.section_name(endian, section).unwrap_or_default();
+        for section in sections.iter().take(MAX_SECTIONS) {
+            let name = section_name(names, section.sh_name(endian));
             self.is_go |= matches!(name, b".note.go.buildid" | b".go.buildinfo" | b".gopclntab");
             if let Ok(Some(notes)) = section.notes(endian, self.data) {
                 self.read_notes(endian, notes, notes_left);
@@ -217,6 +226,11 @@ impl<'data> ElfFile<'data> {
         self.dynamic.clone()
     }
 
+    /// Where the first loaded segment is to begin.
+    pub fn lowest_svma(&self) -> Option<u64> {
+        self.loads.iter().map(|load| load.svma).min()
+    }
+
     /// The file offset of the byte that the loader puts at `svma`, if it comes from the file.
     pub fn file_offset(&self, svma: u64) -> Option<u64> {
         self.loads.iter().find_map(|load| load.file_offset(svma))
@@ -246,6 +260,28 @@ impl<'data> ElfFile<'data> {
     }
 }
 
+/// The bytes that the names of sections are in.
+pub(super) fn section_names<'data, Elf: FileHeader<Endian = Endianness>>(
+    header: &Elf,
+    endian: Endianness,
+    data: &'data [u8],
+    sections: &SectionTable<'data, Elf>,
+) -> &'data [u8] {
+    let names = || {
+        let index = header.section_strings_index(endian, data).ok()?;
+        sections.section(index).ok()?.data(endian, data).ok()
+    };
+    names().unwrap_or_default()
+}
+
+/// The name at an offset, as far as it matters. `SectionTable::section_name` looks for its end, and
+/// all the sections of a hostile file can share one name that is as long as the file.
+pub(super) fn section_name(names: &[u8], offset: u32) -> &[u8] {
+    let rest = names.get(offset as usize..).unwrap_or_default();
+    let name = rest.get(..MAX_SECTION_NAME_BYTES).unwrap_or(rest);
+    name.split(|&byte| byte == 0).next().unwrap_or_default()
+}
+
 impl Load {
     fn file_offset(&self, svma: u64) -> Option<u64> {
         let into = svma.checked_sub(self.svma)?;
@@ -253,5 +289,62 @@ impl Load {
             return None;
         }
         self.file_offset.checked_add(into)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    /// A file that is a section header table and what their common name is in.
+    fn with_sections(count: usize, names: &[u8]) -> Vec<u8> {
+        let mut file = vec![0; 64 + count * 64];
+        let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, b"\x7fELF\x02\x01\x01");
+        put(0x10, &3u16.to_le_bytes()); // ET_DYN
+        put(0x12, &62u16.to_le_bytes()); // EM_X86_64
+        put(0x14, &1u32.to_le_bytes());
+        put(0x28, &64u64.to_le_bytes()); // e_shoff
+        put(0x34, &64u16.to_le_bytes());
+        put(0x36, &56u16.to_le_bytes());
+        put(0x3a, &64u16.to_le_bytes()); // e_shentsize
+        put(0x3e, &1u16.to_le_bytes()); // e_shstrndx; their number is in the first header
+        put(64 + 0x20, &(count as u64).to_le_bytes());
+        put(128 + 0x04, &3u32.to_le_bytes()); // SHT_STRTAB
+        put(128 + 0x18, &(64 + count as u64 * 64).to_le_bytes());
+        put(128 + 0x20, &(names.len() as u64).to_le_bytes());
+        file.extend(names);
+        file
+    }
+
+    #[test]
+    fn sections_are_told_by_their_names() {
+        assert!(ElfFile::parse(&with_sections(3, b".gopclntab\0")).unwrap().is_go());
+        assert!(!ElfFile::parse(&with_sections(3, b".gopclntab2\0")).unwrap().is_go());
+    }
+
+    #[test]
+    fn an_image_keeps_little_of_each_of_many_sections() {
+        use crate::elf::image::{Image, Source};
+        let open = |count| {
+            let file = with_sections(count, &vec![b'x'; 1 << 20]);
+            Image::open(Source::Memory(file.into()))
+        };
+        let image = open(1 << 14).unwrap();
+        let bytes: usize =
+            image.sections().iter().map(|section| size_of_val(section) + section.name.len()).sum();
+        assert!(bytes <= 3 << 20, "{bytes} bytes");
+        assert!(open(1 + (1 << 14)).is_err());
+    }
+
+    #[test]
+    fn a_name_as_long_as_the_file_is_not_read_for_each_section() {
+        let file = with_sections(100_000, &vec![b'x'; 8 << 20]);
+        let start = Instant::now();
+        let file = ElfFile::parse(&file).unwrap();
+        file.visit_functions(&mut |_| {});
+        assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
     }
 }

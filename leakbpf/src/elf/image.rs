@@ -13,8 +13,11 @@ use std::sync::Arc;
 use object::elf;
 use object::{CompressedData, CompressionFormat};
 
-/// Section headers looked at; `-ffunction-sections` objects aside, files have some dozens.
-const SECTIONS_MAX: u64 = 1 << 16;
+use super::file::section_name;
+
+/// Section headers looked at; files that are linked have some dozens. They stay in memory for as long
+/// as the module is known.
+const SECTIONS_MAX: u64 = 1 << 14;
 const SEGMENTS_MAX: u64 = 1 << 10;
 const SECTION_NAMES_MAX_BYTES: u64 = 4 << 20;
 const NOTES_MAX_BYTES: u64 = 1 << 16;
@@ -262,11 +265,8 @@ impl Image {
             None => Vec::new(),
         };
         for (section, offset) in self.sections.iter_mut().zip(name_offsets) {
-            let name = names.get(offset as usize..).unwrap_or_default();
-            // Names that many sections share must not multiply a hostile table's size.
-            let name = name.get(..256).unwrap_or(name);
-            let name = name.split(|&byte| byte == 0).next().unwrap_or_default();
-            section.name = String::from_utf8_lossy(name).into_owned();
+            // Cut: names that many sections share must not multiply a hostile table's size.
+            section.name = String::from_utf8_lossy(section_name(&names, offset)).into_owned();
         }
         Ok(())
     }

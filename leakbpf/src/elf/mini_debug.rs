@@ -44,10 +44,14 @@ fn unpacked_bytes(stream: &[u8]) -> Option<u64> {
     let mut total = 0u64;
     loop {
         let header_bytes = match *rest.first()? {
-            0 => return Some(total),
+            0 => {
+                // To the size of the index, which the footer states, the decoder adds 1.
+                let index_size = stream.get(stream.len().checked_sub(8)?..)?.first_chunk()?;
+                return (u32::from_le_bytes(*index_size) < u32::MAX >> 2).then_some(total);
+            }
             size => (usize::from(size) + 1) * 4,
         };
-        // More filters than LZMA2 alone would change the size.
+        // Each filter after the first would unpack once more what the one before unpacked.
         if rest.get(1)? & 0x03 != 0 {
             return None;
         }
@@ -105,6 +109,51 @@ mod tests {
             bomb.extend([0x9f, 0xff, 0xff, 0, 0, 0]);
         }
         assert!(matches!(unpack(&bomb), Err(MiniDebugError::TooLarge)));
+    }
+
+    /// LZMA2 chunks of LZMA2 chunks: the outer ones do not state what comes out in the end.
+    #[test]
+    fn a_bomb_inside_of_another_filter_is_refused() {
+        let inner = b"\x01\x00\x03data\x00";
+        let mut nested = b"\xfd7zXZ\0".to_vec();
+        nested.extend([0, 0]);
+        nested.extend(crc32fast::hash(&[0, 0]).to_le_bytes());
+        let block = [2, 1, 0x21, 1, 8, 0x21, 1, 8];
+        nested.extend(block);
+        nested.extend(crc32fast::hash(&block).to_le_bytes());
+        nested.extend([1, 0, inner.len() as u8 - 1]);
+        nested.extend(inner);
+        nested.push(0);
+        // An index, far enough from the end to have a footer; the decoder is not to come so far.
+        nested.resize((nested.len() + 1).next_multiple_of(4) + 24, 0);
+        let mut plain = Vec::new();
+        let _ = lzma_rs::xz_decompress(&mut nested.as_slice(), &mut plain);
+        assert_eq!(plain, b"data", "the decoder follows both filters");
+        assert!(matches!(unpack(&nested), Err(MiniDebugError::NotXz)));
+    }
+
+    #[test]
+    fn a_footer_whose_index_size_overflows_is_refused() {
+        let mut whole = packed(b"some bytes");
+        let footer = whole.len() - 8;
+        whole[footer..footer + 4].fill(0xff);
+        assert!(matches!(unpack(&whole), Err(MiniDebugError::NotXz)));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn damage_does_not_unpack_to_more_than_was_counted(position in 0usize..400, byte: u8) {
+            let plain: Vec<u8> = (0..3000u32).map(|n| (n % 251) as u8).collect();
+            let mut packed = packed(&plain);
+            if let Some(at) = packed.len().checked_sub(position + 1) {
+                packed[at] = byte;
+            }
+            if let Some(size) = unpacked_bytes(&packed) && size <= MAX_UNPACKED_BYTES {
+                let mut out = Vec::new();
+                let _ = lzma_rs::xz_decompress(&mut packed.as_slice(), &mut out);
+                proptest::prop_assert!(out.len() as u64 <= size);
+            }
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use object::read::elf::{
     Dyn, FileHeader, GnuHashTable, HashTable, Rela, SectionHeader, Sym, SymbolTable,
 };
 
-use super::file::{Class, ElfFile};
+use super::file::{Class, ElfFile, MAX_SECTIONS, section_name, section_names};
 use super::mini_debug;
 
 /// Most symbols that are read of one table: a bound on time, far above Chromium's 1.5 million.
@@ -50,14 +50,25 @@ impl ElfFile<'_> {
     /// Calls `visit` with each defined function. The same function comes once per table that names
     /// it. Damaged tables are left out, and so are names of more than a kilobyte.
     pub fn visit_functions(&self, visit: &mut dyn FnMut(FunctionSymbol<'_>)) {
+        let kinds = [elf::STT_FUNC, elf::STT_GNU_IFUNC];
+        self.visit_kinds(&kinds, visit);
+    }
+
+    /// As [`ElfFile::visit_functions`], with variables.
+    pub fn visit_variables(&self, visit: &mut dyn FnMut(FunctionSymbol<'_>)) {
+        self.visit_kinds(&[elf::STT_OBJECT], visit);
+    }
+
+    fn visit_kinds(&self, kinds: &[elf::SymbolType], visit: &mut dyn FnMut(FunctionSymbol<'_>)) {
         match self.class() {
-            Class::Bits64 => self.visit_as::<FileHeader64<Endianness>>(visit, true),
-            Class::Bits32 => self.visit_as::<FileHeader32<Endianness>>(visit, true),
+            Class::Bits64 => self.visit_as::<FileHeader64<Endianness>>(kinds, visit, true),
+            Class::Bits32 => self.visit_as::<FileHeader32<Endianness>>(kinds, visit, true),
         }
     }
 
     fn visit_as<Elf: FileHeader<Endian = Endianness>>(
         &self,
+        kinds: &[elf::SymbolType],
         visit: &mut dyn FnMut(FunctionSymbol<'_>),
         look_inside: bool,
     ) {
@@ -78,11 +89,15 @@ impl ElfFile<'_> {
                 };
                 dynamic_seen |= table == Table::Dynamic && !symbols.is_empty();
                 for symbol in symbols.iter().take(MAX_SYMBOLS) {
-                    visit_symbol::<Elf>(endian, symbol, strings, table, visit);
+                    visit_symbol::<Elf>(endian, symbol, strings, table, kinds, visit);
                 }
             }
-            let packed = sections.section_by_name(endian, b".gnu_debugdata");
-            if let Some((_, section)) = packed.filter(|_| look_inside)
+            let names = section_names(header, endian, data, &sections);
+            let packed = sections
+                .iter()
+                .take(MAX_SECTIONS)
+                .find(|section| section_name(names, section.sh_name(endian)) == b".gnu_debugdata");
+            if let Some(section) = packed.filter(|_| look_inside)
                 && let Ok(packed) = section.data(endian, data)
                 && let Ok(unpacked) = mini_debug::unpack(packed)
                 && let Ok(inner) = ElfFile::parse(&unpacked)
@@ -91,13 +106,13 @@ impl ElfFile<'_> {
                 let mut relabel = |symbol: FunctionSymbol<'_>| {
                     visit(FunctionSymbol { table: Table::MiniDebug, ..symbol });
                 };
-                inner.visit_as::<Elf>(&mut relabel, false);
+                inner.visit_as::<Elf>(kinds, &mut relabel, false);
             }
         }
         // Without a section table, what the loader uses still names what is exported.
         if !dynamic_seen && let Some((symbols, strings)) = self.loader_symbols::<Elf>() {
             for symbol in symbols {
-                visit_symbol::<Elf>(endian, symbol, strings, Table::Dynamic, visit);
+                visit_symbol::<Elf>(endian, symbol, strings, Table::Dynamic, kinds, visit);
             }
         }
     }
@@ -229,10 +244,11 @@ fn visit_symbol<Elf: FileHeader<Endian = Endianness>>(
     symbol: &Elf::Sym,
     strings: &[u8],
     table: Table,
+    kinds: &[elf::SymbolType],
     visit: &mut dyn FnMut(FunctionSymbol<'_>),
 ) {
     let indirect = symbol.st_type() == elf::STT_GNU_IFUNC;
-    if !indirect && symbol.st_type() != elf::STT_FUNC || symbol.is_undefined(endian) {
+    if !kinds.contains(&symbol.st_type()) || symbol.is_undefined(endian) {
         return;
     }
     if let Some(name) = name::<Elf>(endian, symbol, strings) {

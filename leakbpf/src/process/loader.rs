@@ -1,12 +1,12 @@
 //! Where the dynamic loader of a process tells debuggers that its list of libraries has changed.
 
-use std::collections::HashMap;
-
-use object::{Object, ObjectSegment, ObjectSymbol};
+use std::io::Read as _;
 
 use super::mapped_file::MappedFile;
 use super::maps::Maps;
 use super::{Pid, ProcessError, read_proc};
+use crate::elf::file::ElfFile;
+use crate::elf::symbols::FunctionSymbol;
 
 /// `AT_BASE` of the kernel's include/uapi/linux/auxvec.h: load address of the program's interpreter.
 const AT_BASE: u64 = 7;
@@ -14,8 +14,8 @@ const AT_BASE: u64 = 7;
 const R_STATE_OFFSET: u64 = 24;
 /// `RT_CONSISTENT`: every library in the list is mapped and relocated.
 const RT_CONSISTENT: u32 = 0;
-/// Loaders are a few hundred kilobytes.
-const LOADER_LIMIT_BYTES: u64 = 256 << 20;
+/// Loaders are a few hundred kilobytes, with debug information some megabytes.
+const LOADER_LIMIT_BYTES: u64 = 64 << 20;
 
 /// The function that the loader calls at every change, and its record of the state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,37 +45,33 @@ impl LoaderHook {
         let Ok(loader) = MappedFile::open(pid, mapping) else {
             return Ok(None);
         };
-        let length = loader.file().metadata().map_or(0, |metadata| metadata.len());
-        if length > LOADER_LIMIT_BYTES {
+        // Read, not mapped: any program can name an interpreter of its own, and truncate it.
+        let mut bytes = Vec::new();
+        let limit = LOADER_LIMIT_BYTES + 1;
+        if loader.file().take(limit).read_to_end(&mut bytes).is_err() || bytes.len() as u64 == limit
+        {
             return Ok(None);
         }
-        // SAFETY: a file that changes while it is mapped gives wrong bytes, which the parser has to
-        // bear anyway, and one that is truncated kills the agent; only who may write to the system's
-        // loader can do either.
-        let Ok(bytes) = (unsafe { memmap2::Mmap::map(loader.file()) }) else {
-            return Ok(None);
-        };
         Ok(Self::in_file(&bytes, base_avma))
     }
 
     fn in_file(bytes: &[u8], base_avma: u64) -> Option<Self> {
-        let file = object::File::parse(bytes).ok()?;
-        let lowest_svma = file.segments().map(|segment| segment.address()).min()?;
-        let bias = base_avma.wrapping_sub(lowest_svma & !0xfff);
-        let mut avmas = HashMap::new();
-        for symbol in file.dynamic_symbols().chain(file.symbols()) {
-            if let Ok(name @ ("_dl_debug_state" | "_r_debug" | "_dl_debug_addr")) = symbol.name()
-                && symbol.is_definition()
-            {
-                avmas.entry(name).or_insert(symbol.address().wrapping_add(bias));
-            }
-        }
-        let record = match (avmas.get("_r_debug"), avmas.get("_dl_debug_addr")) {
-            (Some(&avma), _) => Some(Record::At(avma)),
-            (None, Some(&avma)) => Some(Record::PointerAt(avma)),
-            (None, None) => None,
+        let file = ElfFile::parse(bytes).ok()?;
+        let bias = base_avma.wrapping_sub(file.lowest_svma()? & !0xfff);
+        let (mut function, mut structure, mut pointer) = (None, None, None);
+        let mut note = |symbol: FunctionSymbol<'_>| {
+            let place = match symbol.name {
+                b"_dl_debug_state" => &mut function,
+                b"_r_debug" => &mut structure,
+                b"_dl_debug_addr" => &mut pointer,
+                _ => return,
+            };
+            place.get_or_insert(symbol.svma.wrapping_add(bias));
         };
-        Some(Self { function_avma: *avmas.get("_dl_debug_state")?, record })
+        file.visit_functions(&mut note);
+        file.visit_variables(&mut note);
+        let record = structure.map(Record::At).or(pointer.map(Record::PointerAt));
+        Some(Self { function_avma: function?, record })
     }
 
     /// Whether the call that happens now is the one after the last library, as `read` (eight bytes
@@ -137,6 +133,18 @@ mod tests {
             assert!(!hook(Some(record)).list_is_consistent(memory(2)));
         }
         assert!(hook(None).list_is_consistent(memory(1)));
+    }
+
+    #[test]
+    fn the_loader_of_this_process_has_a_hook_and_a_record_in_itself() {
+        let maps = Maps::of(Pid::current()).expect("our own");
+        let hook = LoaderHook::find(Pid::current(), &maps).expect("readable").expect("a hook");
+        let (code, _) = maps.locate(hook.function_avma).expect("in a file");
+        assert!(code.permissions.execute);
+        let Some(Record::At(avma) | Record::PointerAt(avma)) = hook.record else {
+            panic!("no record");
+        };
+        assert!(maps.find(avma).expect("mapped").permissions.read);
     }
 
     #[test]

@@ -24,6 +24,9 @@ const MAX_TEXT_BYTES: i32 = 16 << 20;
 /// otherwise fill a disk.
 const MAX_UNFOLDED_BYTES: u64 = 8 << 30;
 
+/// What a line of a stack takes in a report without any name.
+const LINE_BYTES: u64 = 64;
+
 /// What of a recording is wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct LoadOptions {
@@ -80,8 +83,8 @@ impl Reader {
         }
         let processes = self.processes()?;
         let modules = self.modules()?;
-        let stacks = self.stacks(modules.len())?;
-        let (mut sites, ids) = self.sites(&snapshot, processes.len(), &stacks)?;
+        let stacks = self.stacks(&modules)?;
+        let (mut sites, ids) = self.sites(&snapshot, &processes, &stacks)?;
         let mut blocks = Vec::new();
         if wants_blocks {
             let filter = options.filter;
@@ -239,7 +242,8 @@ impl Reader {
             .collect())
     }
 
-    fn frames(&self, module_count: usize) -> Result<Vec<(Frame, u64)>, ReadError> {
+    /// With the text that each takes in a report.
+    fn frames(&self, modules: &[Module]) -> Result<Vec<(Frame, u64)>, ReadError> {
         let lists = self.symbols()?;
         let unnamed: Arc<[Symbol]> = Arc::from([]);
         let mut frames = Vec::new();
@@ -253,8 +257,14 @@ impl Reader {
                 }
             };
             let module = row
-                .optional(2, |row, column| row.reference(column, "module", module_count))?
+                .optional(2, |row, column| row.reference(column, "module", modules.len()))?
                 .map(ModuleId);
+            // Each function that is inlined there has a line of its own, with the module's name.
+            let lines = symbols.len().max(1) as u64;
+            let line_bytes = module
+                .and_then(|id| modules.get(id.0))
+                .map_or(LINE_BYTES, |module| LINE_BYTES.saturating_add(module_text_bytes(module)));
+            let text_bytes = lines.saturating_mul(line_bytes).saturating_add(text_bytes);
             frames.push((
                 Frame { address: row.pattern(1)?, module, offset: row.pattern(3)?, symbols },
                 text_bytes,
@@ -264,8 +274,8 @@ impl Reader {
         Ok(frames)
     }
 
-    fn stacks(&self, module_count: usize) -> Result<Vec<Stack>, ReadError> {
-        let frames = self.frames(module_count)?;
+    fn stacks(&self, modules: &[Module]) -> Result<Vec<Stack>, ReadError> {
+        let frames = self.frames(modules)?;
         let mut outcomes = Vec::new();
         self.rows("SELECT * FROM stack ORDER BY id", |row| {
             row.expect_id(0, outcomes.len())?;
@@ -283,8 +293,7 @@ impl Reader {
             row.expect_position(1, list.len())?;
             let id = row.integer(2)?;
             let (frame, frame_bytes) = row.by_id("frame", id, &frames)?;
-            // Even a frame without a name takes some text in a report.
-            *text_bytes = text_bytes.saturating_add(frame_bytes.saturating_add(64));
+            *text_bytes = text_bytes.saturating_add(*frame_bytes);
             list.push(frame.clone());
             Ok(())
         })?;
@@ -303,19 +312,22 @@ impl Reader {
     fn sites(
         &self,
         snapshot: &Snapshot,
-        process_count: usize,
+        processes: &[Process],
         stacks: &[Stack],
     ) -> Result<(Vec<Site>, Vec<Option<SiteId>>), ReadError> {
         let mut rows: Vec<(Site, bool)> = Vec::new();
         let mut unfolded_bytes: u64 = 0;
         self.rows("SELECT * FROM site ORDER BY id", |row| {
             row.expect_id(0, rows.len())?;
-            let process = ProcessId(row.reference(1, "process", process_count)?);
+            let process = ProcessId(row.reference(1, "process", processes.len())?);
             let id = row.integer(2)?;
             let stack = row.by_id("stack", id, stacks)?;
             let name = row.text(3)?;
             let kind = SiteKind::ALL.into_iter().find(|kind| kind.name() == name);
-            unfolded_bytes = unfolded_bytes.saturating_add(stack.text_bytes);
+            let comm_bytes = processes.get(process.0).map_or(0, |process| process.comm.len());
+            unfolded_bytes = unfolded_bytes
+                .saturating_add(stack.text_bytes)
+                .saturating_add(LINE_BYTES + comm_bytes as u64);
             if unfolded_bytes > MAX_UNFOLDED_BYTES {
                 return Err(row.wrong("stacks that would unfold without end"));
             }
@@ -514,6 +526,10 @@ impl Snapshot {
     fn age_ns(&self, born_ns: i64) -> u64 {
         u64::try_from(i128::from(self.at_ns) - i128::from(born_ns)).unwrap_or(0)
     }
+}
+
+fn module_text_bytes(module: &Module) -> u64 {
+    (module.path.len() + module.build_id.as_ref().map_or(0, String::len)) as u64
 }
 
 struct SymbolList {

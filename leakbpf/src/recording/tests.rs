@@ -459,3 +459,59 @@ fn a_session_that_never_began_leaves_no_file() {
     drop(writer);
     assert_eq!(names_in(directory.path()), ["x.partial"]);
 }
+
+/// Small files whose reports would fill any disk: one long or often repeated thing that each of many
+/// rows refers to.
+#[test]
+fn rows_that_share_what_is_long_are_refused_before_a_report_unfolds_them() {
+    let numbers = |count: u32| {
+        format!("WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < {count})")
+    };
+    let emptied = "BEGIN; DELETE FROM process; DELETE FROM module; DELETE FROM site;";
+    let long = "hex(zeroblob(500000))";
+    let frames = "INSERT INTO frame VALUES (1, 1, 1, 1, NULL);
+        INSERT INTO stack VALUES (1, 'complete');";
+    let process = "INSERT INTO process VALUES (1, 1, NULL, 1, 'x', '', '', '', NULL);";
+    let module = "INSERT INTO module VALUES (1, 'm', NULL, NULL, NULL, NULL);";
+    let site = "INSERT INTO site VALUES (1, 1, 1, 'heap');";
+    let cases = [
+        (
+            "the name of a module",
+            format!(
+                "INSERT INTO module VALUES (1, {long}, NULL, NULL, NULL, NULL); {process} {frames}
+                {} INSERT INTO stack_frame SELECT 1, i, 1 FROM n; {site}",
+                numbers(10_000)
+            ),
+        ),
+        (
+            "inlined functions without a name",
+            format!(
+                "{module} {process} {frames} UPDATE frame SET symbol_list_id = 1;
+                {} INSERT INTO symbol SELECT 1, i, '', NULL, NULL, 1 FROM n;
+                {} INSERT INTO stack_frame SELECT 1, i, 1 FROM n; {site}",
+                numbers(10_000),
+                numbers(15_000)
+            ),
+        ),
+        (
+            "the name of a process",
+            format!(
+                "{module} INSERT INTO process VALUES (1, 1, NULL, 1, {long}, '', '', '', NULL);
+                {frames} {} INSERT INTO site SELECT i + 1, 1, 1, 'heap' FROM n;",
+                numbers(10_000)
+            ),
+        ),
+    ];
+    for (what, sql) in cases {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x.leakbpf");
+        recorded(&path, &samples::empty());
+        Connection::open(&path)
+            .unwrap()
+            .execute_batch(&format!("{emptied} {sql} COMMIT;"))
+            .unwrap();
+        assert!(fs::metadata(&path).unwrap().len() < 4 << 20, "{what}");
+        let error = loaded(&path).expect_err(what).to_string();
+        assert!(error.contains("unfold without end"), "{what}: {error}");
+    }
+}

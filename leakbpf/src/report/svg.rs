@@ -9,12 +9,19 @@ use std::str::FromStr;
 use inferno::flamegraph::color::{Color, PaletteMap, StrokeColor};
 use inferno::flamegraph::{self, Direction, Options, Palette, TextTruncateDirection};
 
-use super::{ReportOptions, names, units};
+use super::{ReportOptions, Sort, names, ranked, units};
 use crate::profile::{Profile, Site};
 
 /// Frames narrower than one in so many of the whole are not drawn: they would be half a pixel wide,
 /// and browsers are slow with many. Their bytes stay in their callers.
 const NARROWEST: u64 = 2_000;
+
+/// Frames further from the root than this stay in their callers. The agent records 127 frames; more
+/// lines are inlined functions, or a file made to be endless.
+const DEPTH_MAX: usize = 1024;
+
+/// Beyond so many different places in the tree, the sites with the fewest bytes stay in their callers.
+const NODES_MAX: usize = 1 << 19;
 
 /// Pixels from one frame to the next.
 const FRAME_HEIGHT: usize = 17;
@@ -142,8 +149,11 @@ impl Tree {
         };
         let all = growing.name("all", None);
         growing.tree.nodes.push(Node::new(all));
-        for site in profile.sites.iter().filter(|site| site.kind.belongs_to_totals()) {
-            growing.add(profile, site);
+        // The largest first, should there be too many.
+        for (_, site) in ranked(profile, Sort::Bytes) {
+            if site.kind.belongs_to_totals() {
+                growing.add(profile, site);
+            }
         }
         if growing.tree.nodes[ROOT].bytes == 0 {
             let nothing = growing.name("[no live bytes]", None);
@@ -282,7 +292,10 @@ impl Growing {
         if bytes == 0 && counters.live_count == 0 {
             return;
         }
-        let mut path: Vec<usize> = names::lines(site)
+        let lines: Vec<names::Line> = names::lines(site).collect();
+        let outermost = lines.get(lines.len().saturating_sub(DEPTH_MAX)..).unwrap_or_default();
+        let mut path: Vec<usize> = outermost
+            .iter()
             .map(|line| {
                 let module = match line {
                     names::Line::Function { frame, .. } => names::module(profile, frame),
@@ -297,6 +310,10 @@ impl Growing {
         self.tree.nodes[at].count_in(bytes, counters.live_count);
         for name in path.into_iter().rev() {
             let next = self.tree.nodes.len();
+            let is_full = next >= NODES_MAX && at != ROOT;
+            if is_full && !self.node_ids.contains_key(&(at, name)) {
+                break;
+            }
             let node = *self.node_ids.entry((at, name)).or_insert(next);
             if node == next {
                 self.tree.nodes.push(Node::new(name));
@@ -352,4 +369,48 @@ fn attribute(markup: &str, name: &str) -> Option<u64> {
     let element = markup.split('>').next()?;
     let (_, value) = element.split_once(&format!(" {name}=\""))?;
     value.split('"').next()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::profile::{ProcessId, samples};
+
+    /// Sites that share one endless stack, each of a process of its own.
+    fn endless(processes: usize, frames: usize) -> Profile {
+        let mut profile = samples::server();
+        let site = profile.sites[0].clone();
+        let frames: Vec<_> = site.frames.iter().cycle().take(frames).cloned().collect();
+        let frames: std::sync::Arc<[_]> = frames.into();
+        let process = profile.processes[0].clone();
+        profile.processes = (0..processes as u32)
+            .map(|pid| crate::profile::Process { pid, ..process.clone() })
+            .collect();
+        profile.sites = (0..processes)
+            .map(|id| Site { process: ProcessId(id), frames: frames.clone(), ..site.clone() })
+            .collect();
+        profile
+    }
+
+    #[test]
+    fn stacks_deeper_than_anybody_looks_are_cut_and_keep_their_bytes() {
+        let profile = endless(3, 50_000);
+        let tree = Tree::new(&profile);
+        assert!(tree.nodes.len() <= 1 + 3 * (DEPTH_MAX + 1), "{} nodes", tree.nodes.len());
+        assert_eq!(tree.nodes[ROOT].bytes, profile.totals().live_bytes);
+        let mut svg = Vec::new();
+        write(&profile, &ReportOptions::default(), &mut svg).unwrap();
+        assert!(svg.len() < 2 << 20, "{} bytes", svg.len());
+    }
+
+    #[test]
+    fn what_does_not_fit_the_tree_stays_in_its_process() {
+        let profile = endless(600, 1000);
+        let tree = Tree::new(&profile);
+        assert!(tree.nodes.len() <= NODES_MAX + 600, "{} nodes", tree.nodes.len());
+        let root = &tree.nodes[ROOT];
+        assert_eq!(root.children.len(), 600);
+        let sum: u64 = root.children.iter().map(|child| tree.nodes[*child].bytes).sum();
+        assert_eq!((sum, root.bytes), (root.bytes, profile.totals().live_bytes));
+    }
 }

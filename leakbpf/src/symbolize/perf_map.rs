@@ -14,6 +14,10 @@ use super::root::{self, OpenError};
 /// A long-running JIT appends for ever; what lies beyond is not read.
 const FILE_MAX_BYTES: u64 = 64 << 20;
 
+/// As many as an honest file of that size has; a line can be as short as six bytes, and takes a
+/// hundred in memory.
+const LINES_MAX: usize = 1 << 20;
+
 #[derive(Debug, thiserror::Error)]
 pub enum PerfMapError {
     #[error("{path}: {source}")]
@@ -43,13 +47,16 @@ pub struct PerfMap {
 }
 
 impl PerfMap {
-    /// Reads the text of a map. Lines that make no sense are left out; where two overlap, the later
+    /// Reads the text of a map, up to [`LINES_MAX`]. Lines that make no sense are left out; where two overlap, the later
     /// one wins, because a JIT compiler uses memory again.
     pub fn parse(text: Vec<u8>) -> PerfMap {
         let mut lines = Vec::new();
         let mut at = 0;
         for line in text.split(|&byte| byte == b'\n') {
             lines.extend(parse_line(line, at));
+            if lines.len() == LINES_MAX {
+                break;
+            }
             at += line.len() + 1;
         }
         PerfMap { ranges: latest(lines), text }
@@ -202,6 +209,14 @@ mod tests {
             map("\nx y z\n10\n10 5\n10 5 \n+10 5 a\nffffffffffffffff 2 wraps\n20 0 empty\n30 1 ok");
         assert_eq!(map.len(), 1);
         assert_eq!(map.name(0x30).as_deref(), Some("ok"));
+    }
+
+    #[test]
+    fn a_map_of_nothing_but_short_lines_is_cut() {
+        let text = (0..1u32 << 21).map(|number| format!("{:x} 1 {number}\n", number * 2));
+        let map = PerfMap::parse(text.collect::<String>().into_bytes());
+        assert_eq!(map.len(), LINES_MAX);
+        assert_eq!(map.name(2 * 5).as_deref(), Some("5"));
     }
 
     #[test]

@@ -4,13 +4,13 @@
 //! alone are 12 MB.
 
 use std::cmp::Reverse;
-use std::io::{self, Write};
 use std::sync::Arc;
 
 use object::elf;
 
 use super::demangle::{NAME_MAX_BYTES, without_version};
 use crate::elf::image::{Fields, Image, ImageError, Source};
+use crate::elf::mini_debug::{self, MiniDebugError};
 
 const SYMBOL_BYTES: u64 = 24;
 /// 4 million symbols, twice what the largest browsers have.
@@ -23,7 +23,6 @@ const LOOK_BACK: usize = 256;
 const ALIASES_MAX: usize = 64;
 
 const PACKED_MAX_BYTES: u64 = 16 << 20;
-const UNPACKED_MAX_BYTES: u64 = 64 << 20;
 
 #[derive(Debug, Clone, Copy)]
 struct Symbol {
@@ -190,79 +189,14 @@ pub fn packed_image(image: &Image) -> Result<Option<Image>, ImageError> {
         return Ok(None);
     };
     let packed = image.contents(section, PACKED_MAX_BYTES)?;
-    let mut plain = Vec::new();
-    let size = xz_size(&packed).ok_or(ImageError::Damaged(".gnu_debugdata is no xz file"))?;
-    if size > UNPACKED_MAX_BYTES {
-        return Err(ImageError::TooLarge {
-            what: "unpacked .gnu_debugdata".to_owned(),
-            size_bytes: size,
-            limit_bytes: UNPACKED_MAX_BYTES,
-        });
-    }
-    lzma_rs::xz_decompress(&mut packed.as_slice(), &mut Bounded(&mut plain))
-        .map_err(|_| ImageError::Damaged(".gnu_debugdata cannot be unpacked"))?;
+    let plain = mini_debug::unpack(&packed).map_err(|error| match error {
+        MiniDebugError::TooLarge => {
+            ImageError::Damaged(".gnu_debugdata unpacks to more than 64 MiB")
+        }
+        MiniDebugError::NotXz => ImageError::Damaged(".gnu_debugdata is no xz file"),
+        MiniDebugError::Corrupt(_) => ImageError::Damaged(".gnu_debugdata cannot be unpacked"),
+    })?;
     Image::open(Source::Memory(Arc::from(plain))).map(Some)
-}
-
-struct Bounded<'a>(&'a mut Vec<u8>);
-
-impl Write for Bounded<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.0.len() as u64 + bytes.len() as u64 > UNPACKED_MAX_BYTES {
-            return Err(io::ErrorKind::FileTooLarge.into());
-        }
-        self.0.extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// How large an xz file will be, by the headers of its LZMA2 chunks. The decoder holds a block
-/// whole before it hands it on, so a bomb must be recognised before. `None` for what the decoder
-/// would refuse, too. (The .xz File Format, sections 2 and 3; LZMA2 chunks as in XZ Embedded.)
-fn xz_size(file: &[u8]) -> Option<u64> {
-    const STREAM_HEADER_BYTES: usize = 12;
-    const CHECK_BYTES: [usize; 16] = [0, 4, 4, 4, 8, 8, 8, 16, 16, 16, 32, 32, 32, 64, 64, 64];
-    if !file.starts_with(b"\xfd7zXZ\0") {
-        return None;
-    }
-    let check_bytes = *CHECK_BYTES.get(usize::from(file.get(7)? & 0xf))?;
-    let mut at = STREAM_HEADER_BYTES;
-    let mut total = 0u64;
-    loop {
-        let header_size = usize::from(*file.get(at)?);
-        if header_size == 0 {
-            // The decoder adds 1 to the footer's size of the index.
-            let index_size = file.get(file.len().checked_sub(8)?..)?.first_chunk()?;
-            return (u32::from_le_bytes(*index_size) < u32::MAX >> 2).then_some(total);
-        }
-        let block = at;
-        at += (header_size + 1) * 4;
-        loop {
-            let control = *file.get(at)?;
-            let size = |offset: usize| -> Option<u64> {
-                let bytes = file.get(at + offset..)?.first_chunk()?;
-                Some(u64::from(u16::from_be_bytes(*bytes)) + 1)
-            };
-            let (plain, packed, header) = match control {
-                0 => break,
-                1 | 2 => (size(1)?, size(1)?, 3),
-                3..0x80 => return None,
-                0x80.. => (
-                    (u64::from(control & 0x1f) << 16) + size(1)?,
-                    size(3)?,
-                    if control >= 0xc0 { 6 } else { 5 },
-                ),
-            };
-            total = total.checked_add(plain)?;
-            at = at.checked_add(header + packed as usize)?;
-        }
-        at += 1;
-        at = block + (at - block).checked_next_multiple_of(4)? + check_bytes;
-    }
 }
 
 #[cfg(test)]
@@ -275,32 +209,5 @@ mod tests {
         names.sort_by_key(|name| plainness(name));
         assert_eq!(names, ["cfree", "malloc", "__malloc", "__libc_malloc"]);
         assert!(plainness("free") < plainness("cfree"));
-    }
-
-    #[test]
-    fn the_size_of_an_xz_file_is_known_before_it_is_unpacked() {
-        for size in [0, 1, 5_000, 3_000_000] {
-            let mut packed = Vec::new();
-            let plain = vec![7u8; size];
-            lzma_rs::xz_compress(&mut plain.as_slice(), &mut packed).expect("packed");
-            assert_eq!(xz_size(&packed), Some(size as u64));
-        }
-    }
-
-    proptest::proptest! {
-        #[test]
-        fn damaged_xz_files_do_no_harm(position in 0usize..400, byte: u8) {
-            let plain: Vec<u8> = (0..3000u32).map(|n| (n % 251) as u8).collect();
-            let mut packed = Vec::new();
-            lzma_rs::xz_compress(&mut plain.as_slice(), &mut packed).expect("packed");
-            if let Some(at) = packed.len().checked_sub(position + 1) {
-                packed[at] = byte;
-            }
-            if let Some(size) = xz_size(&packed) && size < UNPACKED_MAX_BYTES {
-                let mut out = Vec::new();
-                let _ = lzma_rs::xz_decompress(&mut packed.as_slice(), &mut Bounded(&mut out));
-                proptest::prop_assert!(out.len() as u64 <= size);
-            }
-        }
     }
 }

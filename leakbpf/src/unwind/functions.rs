@@ -19,6 +19,9 @@ const ROWS_MAX: usize = 8 << 20;
 /// Most functions of one file. libLLVM has 130,000.
 const FUNCTIONS_MAX: usize = 4 << 20;
 
+/// Most different rules of one file. 440 libraries together have 4,000.
+const RULES_MAX: usize = 1 << 18;
+
 /// Common entries that are kept; linkers leave one for each compiler that took part.
 const COMMONS_MAX: usize = 1 << 10;
 
@@ -118,11 +121,17 @@ impl Functions {
             };
             work = rest;
             self.add(section, frames, &mut context, &function);
-            if self.rows.len() > ROWS_MAX || self.functions.len() > FUNCTIONS_MAX {
+            if self.is_full() {
                 self.stats.exhausted = true;
                 return;
             }
         }
+    }
+
+    fn is_full(&self) -> bool {
+        self.rows.len() > ROWS_MAX
+            || self.functions.len() > FUNCTIONS_MAX
+            || self.dictionary.len() > RULES_MAX
     }
 
     fn add<'data, S>(
@@ -143,7 +152,10 @@ impl Functions {
         // Whatever the program fails to say about its function is not known.
         let mut covered = start;
         if let Ok(mut table) = function.rows(section, &frames.bases, context) {
-            while let Ok(Some(row)) = table.next_row() {
+            // One function alone can have more rows than are kept.
+            while !self.is_full()
+                && let Ok(Some(row)) = table.next_row()
+            {
                 let Some(pc) =
                     self.offset(row.start_address()).filter(|pc| (start..end).contains(pc))
                 else {

@@ -44,6 +44,10 @@ impl Dictionary {
         self.last.1
     }
 
+    pub fn len(&self) -> usize {
+        self.rules.len()
+    }
+
     pub fn into_rules(self) -> Vec<Rule> {
         self.rules
     }

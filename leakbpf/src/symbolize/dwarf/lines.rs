@@ -122,10 +122,13 @@ impl Lines {
         number: u64,
         opened: &mut Opened<'a>,
         lookup: &mut Lookup<'a>,
-    ) -> Option<Arc<str>> {
+        budget: &Budget,
+    ) -> Result<Option<Arc<str>>, DwarfError> {
         if let Some(known) = self.files.get(&number) {
-            return known.clone();
+            return Ok(known.clone());
         }
+        // The list of files is read anew for each.
+        budget.check_time()?;
         let path = opened.get(lookup).ok().and_then(|(unit, root)| {
             let dwarf = lookup.dwarf(Part::Main);
             let program = program(dwarf, unit, root.lines?).ok()?;
@@ -133,7 +136,7 @@ impl Lines {
         });
         let path = path.map(Arc::from);
         self.files.insert(number, path.clone());
-        path
+        Ok(path)
     }
 }
 

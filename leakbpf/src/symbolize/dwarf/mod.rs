@@ -15,8 +15,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gimli::{
-    Abbreviations, AttributeValue, DebugAbbrevOffset, DebugInfoOffset, DebugLineOffset,
-    EndianSlice, LittleEndian, Section as _, SectionId, UnitOffset,
+    Abbreviations, AttributeSpecification, AttributeValue, DebugAbbrevOffset, DebugInfoOffset,
+    DebugLineOffset, EndianSlice, LittleEndian, Reader as _, Section as _, SectionId, UnitOffset,
 };
 
 use crate::elf::image::{Image, ImageError};
@@ -28,7 +28,10 @@ type Unit<'a> = gimli::Unit<Reader<'a>>;
 
 /// The largest compilers' tables have some ten thousand entries.
 const ABBREVIATIONS_MAX_BYTES: usize = 1 << 20;
-const ABBREVIATIONS_KEPT: usize = 64;
+/// Bytes of the tables that are kept parsed.
+const ABBREVIATIONS_KEPT_BYTES: usize = 1 << 20;
+/// What a byte of a table takes when parsed, at worst.
+const ABBREVIATIONS_GROWTH: usize = 24;
 /// Parsed units are dropped beyond this.
 const UNITS_KEPT_BYTES: usize = 16 << 20;
 /// Units that claim the same address and are tried for it.
@@ -43,6 +46,9 @@ const LOOKUP_TIME_MAX: Duration = Duration::from_secs(2);
 /// thirty times what large honest files take.
 const TOTAL_TIME_MAX: Duration = Duration::from_secs(20);
 const LOOKUP_TIME_MEAN_MAX: Duration = Duration::from_millis(1);
+
+/// Steps between two looks at the clock.
+const STEPS_BETWEEN_LOOKS: u32 = 1024;
 
 #[derive(Debug, thiserror::Error)]
 pub enum DwarfError {
@@ -75,8 +81,18 @@ impl Budget {
 
     /// Accounts for something that is looked at.
     fn step(&mut self) -> Result<(), DwarfError> {
-        self.steps = self.steps.wrapping_add(1);
-        if self.steps.is_multiple_of(1024) {
+        self.step_by(1)
+    }
+
+    /// Accounts for the attributes of a DIE. There can be a million, and take no byte of it.
+    fn step_over(&mut self, attributes: &[AttributeSpecification]) -> Result<(), DwarfError> {
+        self.step_by(u32::try_from(attributes.len()).unwrap_or(u32::MAX))
+    }
+
+    fn step_by(&mut self, steps: u32) -> Result<(), DwarfError> {
+        self.steps = self.steps.saturating_add(steps);
+        if self.steps >= STEPS_BETWEEN_LOOKS {
+            self.steps = 0;
             self.check_time()?;
         }
         Ok(())
@@ -128,7 +144,7 @@ pub struct DebugInfo {
     unit_offsets: UnitOffsets,
     alternate_unit_offsets: UnitOffsets,
     units: HashMap<u32, UnitNames>,
-    abbreviations: HashMap<(Part, usize), Arc<Abbreviations>>,
+    abbreviations: KeptAbbreviations,
     section_bytes: usize,
     lookups: u32,
     spent: Duration,
@@ -154,7 +170,7 @@ impl DebugInfo {
             unit_offsets: Vec::new(),
             alternate_unit_offsets: Vec::new(),
             units: HashMap::new(),
-            abbreviations: HashMap::new(),
+            abbreviations: KeptAbbreviations::default(),
             section_bytes: (limit_bytes - left) as usize,
             lookups: 0,
             spent: Duration::ZERO,
@@ -166,7 +182,10 @@ impl DebugInfo {
     /// Bytes kept in memory, nearly.
     pub fn size_bytes(&self) -> usize {
         let units: usize = self.units.values().map(UnitNames::size_bytes).sum();
-        self.section_bytes + units + self.spans.len() * size_of::<Span>()
+        self.section_bytes
+            + units
+            + self.spans.len() * size_of::<Span>()
+            + self.abbreviations.bytes * ABBREVIATIONS_GROWTH
     }
 
     fn index(&mut self) -> Result<(), DwarfError> {
@@ -294,7 +313,7 @@ struct Lookup<'a> {
     dwarf: Dwarf<'a>,
     unit_offsets: &'a UnitOffsets,
     alternate_unit_offsets: &'a UnitOffsets,
-    abbreviations: &'a mut HashMap<(Part, usize), Arc<Abbreviations>>,
+    abbreviations: &'a mut KeptAbbreviations,
 }
 
 impl<'a> Lookup<'a> {
@@ -309,14 +328,14 @@ impl<'a> Lookup<'a> {
     fn open(&mut self, part: Part, offset: usize) -> Result<(Unit<'a>, Root<'a>), DwarfError> {
         let header = self.dwarf(part).unit_header(DebugInfoOffset(offset))?;
         let DebugAbbrevOffset(table) = header.debug_abbrev_offset();
-        let abbreviations = match self.abbreviations.get(&(part, table)) {
+        let abbreviations = match self.abbreviations.tables.get(&(part, table)) {
             Some(known) => known.clone(),
             None => {
-                let parsed = abbreviations(self.dwarf(part), table)?;
-                if self.abbreviations.len() >= ABBREVIATIONS_KEPT {
-                    self.abbreviations.clear();
-                }
-                self.abbreviations.insert((part, table), parsed.clone());
+                let (parsed, bytes) = {
+                    let dwarf = self.dwarf(part);
+                    (abbreviations(dwarf, table)?, table_bytes(dwarf, table)?)
+                };
+                self.abbreviations.keep((part, table), parsed.clone(), bytes);
                 parsed
             }
         };
@@ -370,6 +389,8 @@ impl<'a> Ranges<'a> {
             budget.keep()
         };
         if let Some(list) = self.list {
+            // It may be as long as its section, and say nothing.
+            budget.check_time()?;
             let Ok(Some(mut ranges)) = dwarf.attr_ranges(unit, list) else {
                 return Ok(());
             };
@@ -472,6 +493,45 @@ fn open_unit<'a>(
     Ok((unit, root))
 }
 
+/// Tables that several units may share.
+#[derive(Debug, Default)]
+struct KeptAbbreviations {
+    tables: HashMap<(Part, usize), Arc<Abbreviations>>,
+    /// In the section.
+    bytes: usize,
+}
+
+impl KeptAbbreviations {
+    fn keep(&mut self, place: (Part, usize), table: Arc<Abbreviations>, bytes: usize) {
+        if self.bytes.saturating_add(bytes) > ABBREVIATIONS_KEPT_BYTES {
+            *self = Self::default();
+        }
+        self.bytes = self.bytes.saturating_add(bytes);
+        self.tables.insert(place, table);
+    }
+}
+
+/// How long a table is that can be read.
+fn table_bytes(dwarf: &Dwarf, offset: usize) -> Result<usize, DwarfError> {
+    let mut reader = *dwarf.debug_abbrev.reader();
+    reader.skip(offset)?;
+    let all = reader.len();
+    while reader.read_uleb128()? != 0 {
+        reader.read_uleb128()?;
+        reader.read_u8()?;
+        loop {
+            let (name, form) = (reader.read_uleb128()?, reader.read_uleb128()?);
+            if form == u64::from(gimli::DW_FORM_implicit_const.0) {
+                reader.read_sleb128()?;
+            }
+            if (name, form) == (0, 0) {
+                break;
+            }
+        }
+    }
+    Ok(all - reader.len())
+}
+
 fn abbreviations(dwarf: &Dwarf, offset: usize) -> Result<Arc<Abbreviations>, DwarfError> {
     let section = dwarf.debug_abbrev.reader().slice();
     // A table that does not end would be read to the end of the section for every unit.
@@ -521,6 +581,7 @@ fn name_of<'a>(
     lookup: &mut Lookup<'a>,
     unit: &Unit<'a>,
     offset: UnitOffset,
+    budget: &mut Budget,
 ) -> Result<Option<Reader<'a>>, DwarfError> {
     let mut part = Part::Main;
     let mut offset = offset;
@@ -535,6 +596,7 @@ fn name_of<'a>(
             let Some(abbreviation) = entries.read_abbreviation()? else {
                 return Ok(None);
             };
+            budget.step_over(abbreviation.attributes())?;
             for specification in abbreviation.attributes() {
                 let attribute = entries.read_attribute(*specification)?;
                 match attribute.name() {
@@ -569,6 +631,7 @@ fn name_of<'a>(
         let Some(around) = lookup.unit_around(next_part, target) else {
             return Ok(None);
         };
+        budget.check_time()?;
         let (next, _) = lookup.open(next_part, around)?;
         let Some(inside) = DebugInfoOffset(target).to_unit_offset(&next.header) else {
             return Ok(None);

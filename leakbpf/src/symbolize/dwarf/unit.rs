@@ -100,7 +100,7 @@ impl UnitNames {
             return Ok(match location {
                 Some((file, line)) => vec![SourceFrame {
                     function: None,
-                    file: lines.file(file, &mut opened, lookup),
+                    file: lines.file(file, &mut opened, lookup, budget)?,
                     line,
                 }],
                 None => Vec::new(),
@@ -123,7 +123,10 @@ impl UnitNames {
                 Some(known) => known.clone(),
                 None => {
                     let (unit, _) = opened.get(lookup)?;
-                    let name = name_of(lookup, unit, UnitOffset(entry)).ok().flatten();
+                    let name = match name_of(lookup, unit, UnitOffset(entry), budget) {
+                        Err(DwarfError::TooMuchWork) => return Err(DwarfError::TooMuchWork),
+                        name => name.ok().flatten(),
+                    };
                     let name = name.map(|name| {
                         let name = name.slice();
                         let name = name.get(..NAME_MAX_BYTES).unwrap_or(name);
@@ -136,7 +139,10 @@ impl UnitNames {
             let (file, line) = location;
             frames.push(SourceFrame {
                 function,
-                file: file.and_then(|file| lines.file(file, &mut opened, lookup)),
+                file: match file {
+                    Some(file) => lines.file(file, &mut opened, lookup, budget)?,
+                    None => None,
+                },
                 line,
             });
             location = call.map_or((None, None), |call| (call.file, call.line));
@@ -180,6 +186,7 @@ fn function_ranges<'a>(
         let Some(abbreviation) = entries.read_abbreviation()? else {
             continue;
         };
+        budget.step_over(abbreviation.attributes())?;
         if abbreviation.tag() != gimli::DW_TAG_subprogram {
             entries.skip_attributes(abbreviation.attributes())?;
             continue;
@@ -222,6 +229,7 @@ impl Function {
             let Some(abbreviation) = entries.read_abbreviation()? else {
                 continue;
             };
+            budget.step_over(abbreviation.attributes())?;
             if nested.is_some_and(|nested| depth <= nested) {
                 nested = None;
             }

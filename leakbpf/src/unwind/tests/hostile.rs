@@ -27,6 +27,49 @@ fn a_long_common_program_is_not_run_for_each_of_many_functions() {
     assert!(table.stats.exhausted);
 }
 
+/// By its own measure a function can be as long as all code, with a row for each byte.
+#[test]
+fn one_function_has_no_more_rows_than_a_file_may_have() {
+    let mut program = Vec::new();
+    for offset in 0..9_000_000u32 {
+        // DW_CFA_advance_loc 1, DW_CFA_def_cfa_offset.
+        program.extend([0x41, 0x0e, if offset % 2 == 0 { 8 } else { 16 }]);
+    }
+    let table = Table::of_bytes(&one_function(&program)).unwrap();
+    assert!(table.rows.len() <= (8 << 20) + 3, "{} rows", table.rows.len());
+    assert!(table.stats.exhausted);
+    assert_sound(&table);
+}
+
+#[test]
+fn one_file_has_no_more_rules_than_a_table_can_hold() {
+    let mut program = Vec::new();
+    for offset in 0..300_000u32 {
+        let leb = [0x80 | offset as u8, 0x80 | (offset >> 7) as u8, (offset >> 14) as u8 & 0x7f];
+        program.extend([&[0x41, 0x0e], leb.as_slice()].concat());
+    }
+    let table = Table::of_bytes(&one_function(&program)).unwrap();
+    assert!(table.rules.len() <= (1 << 18) + 2, "{} rules", table.rules.len());
+    assert!(table.stats.exhausted);
+    assert_sound(&table);
+}
+
+/// A file of one function with that program. Its code is said to be a gigabyte, which is not there.
+fn one_function(program: &[u8]) -> Vec<u8> {
+    let mut frames = eh_frame(usual(), vec![(CODE, 1 << 29, vec![])]);
+    // The entry is the last, before the end that has no length.
+    frames.truncate(frames.len() - 4);
+    let first = 4 + u32::from_le_bytes(*frames.first_chunk().unwrap()) as usize;
+    frames.extend(program);
+    let length = (frames.len() - first - 4) as u32;
+    frames[first..first + 4].copy_from_slice(&length.to_le_bytes());
+    frames.extend([0; 4]);
+    let mut file = elf(&frames);
+    let first_segment_bytes = 64 + 0x20;
+    file[first_segment_bytes..first_segment_bytes + 8].copy_from_slice(&(1u64 << 30).to_le_bytes());
+    file
+}
+
 #[test]
 fn more_registers_and_states_than_the_machine_has_are_refused() {
     let registers = (0..100).map(|number| (1, Cfi::Offset(gimli::Register(number), -8))).collect();
