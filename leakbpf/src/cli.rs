@@ -89,6 +89,9 @@ pub struct RecordArgs {
     /// How to walk stacks
     #[arg(long, value_enum, default_value_t = StackArg::Auto)]
     pub stack: StackArg,
+    /// Look all names up anew: neither use nor keep those in ~/.cache/leakbpf
+    #[arg(long)]
+    pub no_cache: bool,
     /// Print only the final table
     #[arg(short, long)]
     pub quiet: bool,

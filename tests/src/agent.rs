@@ -1,6 +1,6 @@
 //! The agent under test: `leakbpf record`, started, waited for, stopped.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -44,6 +44,8 @@ pub struct Leakbpf {
     arguments: Vec<String>,
     command: Vec<String>,
     output: Option<PathBuf>,
+    environment: Vec<(String, OsString)>,
+    caches: Option<PathBuf>,
 }
 
 impl Leakbpf {
@@ -74,6 +76,17 @@ impl Leakbpf {
         self
     }
 
+    pub fn environment(mut self, name: &str, value: impl Into<OsString>) -> Self {
+        self.environment.push((name.to_owned(), value.into()));
+        self
+    }
+
+    /// Keeps names in that directory, instead of looking all up anew.
+    pub fn keep_names_in(mut self, caches: &Path) -> Self {
+        self.caches = Some(caches.to_owned());
+        self
+    }
+
     /// Starts it and waits until all probes are in place.
     pub fn start(self) -> Session {
         let session = self.spawn();
@@ -92,9 +105,15 @@ impl Leakbpf {
             .arg("--blocks")
             .arg("-o")
             .arg(&output)
+            .env_remove("DEBUGINFOD_URLS")
+            .envs(self.environment)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
+        match &self.caches {
+            Some(caches) => command.env("XDG_CACHE_HOME", caches),
+            None => command.arg("--no-cache"),
+        };
         if !self.command.is_empty() {
             command.arg("--").args(&self.command);
         }

@@ -6,6 +6,7 @@ use crate::{packages, shell};
 
 /// Compilers and the allocators and programs that the privileged tests attach to.
 const TESTS: &[&str] = &[
+    "binutils",
     "gcc",
     "g++",
     "libc6-dev",

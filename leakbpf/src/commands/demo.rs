@@ -37,6 +37,7 @@ pub fn run() -> Result<u8, Failure> {
         follow_forks: true,
         max_blocks: 1 << 18,
         stack: StackMethod::Auto,
+        cache: true,
         quiet: true,
     };
     let code = record::run_session(&config)?;

@@ -4,6 +4,7 @@
 //! The places are those of GDB ("Debugging Information in Separate Files") and of debuginfod. How a
 //! place is opened is the caller's business, so that a target's own mount namespace can be used.
 
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -33,7 +34,8 @@ impl Place {
         }
     }
 
-    fn sibling(&self, path: &Path) -> Place {
+    /// A path that counts from the directory of this one.
+    pub fn sibling(&self, path: &Path) -> Place {
         let path = match self.path().parent() {
             Some(directory) => directory.join(path),
             None => path.to_owned(),
@@ -42,6 +44,24 @@ impl Place {
             Place::Target(_) => Place::Target(path),
             Place::Host(_) => Place::Host(path),
         }
+    }
+}
+
+/// What debuginfod clients of the current user fetched from their servers.
+#[derive(Debug, Clone, Default)]
+pub struct Debuginfod {
+    /// Directories of our own that hold `BUILDID/debuginfo`.
+    pub caches: Vec<PathBuf>,
+    /// Files of our own by build id, fetched while we run.
+    pub fetched: HashMap<Vec<u8>, PathBuf>,
+}
+
+impl Debuginfod {
+    fn places(&self, id: &[u8]) -> impl Iterator<Item = Place> {
+        let name = Path::new(&hex(id)).join("debuginfo");
+        let fetched = self.fetched.get(id).cloned();
+        let cached: Vec<PathBuf> = self.caches.iter().map(|cache| cache.join(&name)).collect();
+        fetched.into_iter().chain(cached).map(Place::Host)
     }
 }
 
@@ -84,14 +104,7 @@ pub fn has_debug_info(image: &Image) -> bool {
 }
 
 /// Looks for the debug file of `image`, which the target knows as `module_path`.
-///
-/// `debuginfod_caches` are directories of our own that hold `BUILDID/debuginfo`.
-pub fn find(
-    image: &Image,
-    module_path: &Path,
-    debuginfod_caches: &[PathBuf],
-    open: &mut Open,
-) -> Search {
+pub fn find(image: &Image, module_path: &Path, debuginfod: &Debuginfod, open: &mut Open) -> Search {
     let mut search = Search::default();
     let build_id = image.build_id();
     let link = debug_link(image);
@@ -112,8 +125,7 @@ pub fn find(
         }
     }
     if let Some(id) = &build_id {
-        for cache in debuginfod_caches {
-            let place = Place::Host(cache.join(hex(id)).join("debuginfo"));
+        for place in debuginfod.places(id) {
             if search.take(place, Some(id), None, open) {
                 return search;
             }
@@ -123,13 +135,14 @@ pub fn find(
 }
 
 /// Looks for the file that `dwz` moved the shared parts of a debug file to. `place` is where the
-/// debug file itself was found. `None` when it names no such file.
+/// debug file itself was found. Returns its build id and what was found; `None` when the debug file
+/// names no such file.
 pub fn find_alternate(
     image: &Image,
     place: &Place,
-    debuginfod_caches: &[PathBuf],
+    debuginfod: &Debuginfod,
     open: &mut Open,
-) -> Option<Search> {
+) -> Option<(Vec<u8>, Search)> {
     let section = image.section(".gnu_debugaltlink")?;
     let link = image.contents(section, LINK_MAX_BYTES).ok()?;
     let end = link.iter().position(|&byte| byte == 0)?;
@@ -141,16 +154,14 @@ pub fn find_alternate(
     if path.is_absolute() {
         places.push(Place::Host(path));
     }
-    for cache in debuginfod_caches {
-        places.push(Place::Host(cache.join(hex(id)).join("debuginfo")));
-    }
+    places.extend(debuginfod.places(id));
     let mut search = Search::default();
     for place in places {
         if search.take(place, Some(id), None, open) {
             break;
         }
     }
-    Some(search)
+    Some((id.to_vec(), search))
 }
 
 impl Search {
@@ -165,6 +176,10 @@ impl Search {
         let Some(source) = open(&place) else {
             return false;
         };
+        // How debuginfod clients note that no server has the file.
+        if source.len().is_ok_and(|len_bytes| len_bytes == 0) {
+            return false;
+        }
         let path = place.path().to_owned();
         match checked(source, &path, build_id, crc) {
             // A stripped module at the place of its own debug file would end the search too soon.

@@ -50,7 +50,7 @@ pub enum Source {
 }
 
 impl Source {
-    fn len(&self) -> io::Result<u64> {
+    pub(crate) fn len(&self) -> io::Result<u64> {
         match self {
             Source::File(file) => Ok(file.metadata()?.len()),
             Source::Memory(bytes) => Ok(bytes.len() as u64),
@@ -290,6 +290,14 @@ impl Image {
         self.sections
             .iter()
             .find(|section| section.name == name && section.kind != elf::SHT_NOBITS.0)
+    }
+
+    /// `None` for what is no file.
+    pub fn file(&self) -> Option<&File> {
+        match &self.source {
+            Source::File(file) => Some(file),
+            Source::Memory(_) => None,
+        }
     }
 
     pub fn len_bytes(&self) -> u64 {

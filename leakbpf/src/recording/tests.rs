@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use rusqlite::Connection;
 
 use super::*;
-use crate::profile::{Block, BlockFilter, Profile, samples};
+use crate::profile::{Block, BlockFilter, Frame, Profile, samples};
 use crate::report::{self, Format, ReportOptions};
 
 fn facts(profile: &Profile) -> SessionFacts {
@@ -335,6 +335,25 @@ fn sites_that_a_later_snapshot_lists_no_more_are_gone() {
     end.blocks.clear();
     writer.finish(&end, std::iter::empty()).unwrap();
     assert_eq!(loaded(&path).unwrap().sites, end.sites);
+}
+
+#[test]
+fn a_frame_that_gets_better_names_stays_the_frame_of_its_sites() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("x");
+    let end = samples::server();
+    let mut before = end.clone();
+    for site in &mut before.sites {
+        let nameless = |frame: &Frame| Frame { symbols: [].into(), ..frame.clone() };
+        site.frames = site.frames.iter().map(nameless).collect();
+    }
+    let mut writer = Writer::create(&path, &facts(&end)).unwrap();
+    writer.snapshot(&before).unwrap();
+    writer.finish(&end, end.blocks.iter().copied()).unwrap();
+    assert_eq!(loaded(&path).unwrap(), end);
+    let database = Connection::open(&path).unwrap();
+    let sites: i64 = database.query_row("SELECT count(*) FROM site", [], |row| row.get(0)).unwrap();
+    assert_eq!(sites, end.sites.len() as i64);
 }
 
 #[test]

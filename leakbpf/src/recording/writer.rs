@@ -72,7 +72,10 @@ struct Written {
     modules: HashMap<(String, Option<String>), i64>,
     module_rows: Vec<Module>,
     symbols: Interner<Arc<[Symbol]>>,
+    /// Code of a module is the same code when it gets better names; code without one is not.
     frames: Interner<(u64, Option<i64>, u64, Option<i64>)>,
+    /// By row id - 1: the symbols of each frame.
+    frame_symbols: Vec<Option<i64>>,
     stacks: Interner<(StackOutcome, Box<[i64]>)>,
     sites: Interner<(i64, SiteKind, i64)>,
     /// By row id - 1: the newest row of each site.
@@ -255,6 +258,7 @@ impl Written {
             module_rows: Vec::new(),
             symbols: Interner::new(),
             frames: Interner::new(),
+            frame_symbols: Vec::new(),
             stacks: Interner::new(),
             sites: Interner::new(),
             states: Vec::new(),
@@ -420,11 +424,21 @@ impl Written {
     ) -> rusqlite::Result<i64> {
         let symbols = self.symbols(transaction, &frame.symbols)?;
         let module = frame.module.and_then(|module| modules.get(module.0).copied());
-        let key = (frame.address, module, frame.offset, symbols);
+        let key = (frame.address, module, frame.offset, symbols.filter(|_| module.is_none()));
         if let Some(row) = self.frames.get(&key) {
+            if let Some(known) = self.frame_symbols.get_mut(row as usize - 1)
+                && *known != symbols
+                && symbols.is_some()
+            {
+                *known = symbols;
+                transaction
+                    .prepare_cached("UPDATE frame SET symbol_list_id = ? WHERE id = ?")?
+                    .execute(params![symbols, row])?;
+            }
             return Ok(row);
         }
         let row = self.frames.insert(key);
+        self.frame_symbols.push(symbols);
         transaction.prepare_cached("INSERT INTO frame VALUES (?, ?, ?, ?, ?)")?.execute(
             params![row, pattern(frame.address), module, pattern(frame.offset), symbols],
         )?;

@@ -49,5 +49,7 @@ pub struct Config {
     pub follow_forks: bool,
     pub max_blocks: u32,
     pub stack: StackMethod,
+    /// Keep names for later sessions, and use those that earlier ones kept.
+    pub cache: bool,
     pub quiet: bool,
 }

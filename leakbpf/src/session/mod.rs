@@ -119,6 +119,9 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
     let system_wide = matches!(config.target, Target::Running(Selector::All));
     let plans = Plans::new(planner);
     let mut watch = Watch::new(kernel, plans, system_wide, mapping_events.is_ok(), exits);
+    if config.cache {
+        watch.modules.use_cache();
+    }
     if let Some(reason) = lesser_stacks {
         eprintln!("leakbpf: {reason}");
         watch.note(None, reason);
@@ -515,6 +518,19 @@ impl Session<'_> {
         )?;
         self.sites.forget_jit();
         self.sites.name(&mut census.sites, &watch.lives, &mut watch.modules);
+        if finished {
+            // Only now, since events would be lost while servers are waited for.
+            if watch.modules.lack_debug_files() {
+                if Progress::new().shown() {
+                    eprintln!("leakbpf: asking debuginfod for debug files (30 s at most) …");
+                }
+                let renamed = watch.modules.fetch_debug_files();
+                self.sites.rename(&mut census.sites, &renamed, &mut watch.modules);
+            }
+            for problem in watch.modules.problems() {
+                watch.note(None, problem);
+            }
+        }
         let counts = watch.kernel.counts()?;
         let mut losses = loss_names(&counts.losses);
         let mut add = |name: &str, count: u64| {
@@ -586,7 +602,9 @@ impl Session<'_> {
             }
             OutputKind::None => {}
         }
-        self.print(&profile)?;
+        let printed = self.print(&profile);
+        self.watch.modules.save();
+        printed?;
         let left = self.watch.detaching();
         // Some 70 ms each (see `Watch::detach`): silence for seconds looks like a hang.
         if left > 15 && terminal::Progress::new().shown() {

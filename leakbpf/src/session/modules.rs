@@ -1,7 +1,11 @@
 //! The files that code came from: opened while a process still has them mapped, so that they can
 //! be named after it is gone.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{BTreeSet, HashMap},
+    path::PathBuf,
+    sync::Arc,
+};
 
 use crate::{
     elf::{image::Source, layout::Layout},
@@ -9,9 +13,14 @@ use crate::{
         Pid,
         mapped_file::MappedFile,
         maps::{Backing, FileId, Maps},
+        root_directory::{RootDirectory, RootId},
     },
     profile::{self, ModuleId, Symbol},
-    symbolize::{Limits, ModuleHandle, ModuleSource, Symbolizer, debuginfod_caches, vdso},
+    symbolize::{
+        Cache, Limits, ModuleHandle, ModuleSource, Symbolizer,
+        debuginfod::{Client, Patience},
+        debuginfod_caches, vdso,
+    },
 };
 
 /// What frames of one file are named from.
@@ -27,7 +36,10 @@ pub struct Modules {
     modules: Vec<Module>,
     by_file: HashMap<FileId, ModuleId>,
     vdso: Option<ModuleId>,
+    /// Debug files are looked for below them, perhaps after the last process is gone.
+    roots: HashMap<RootId, RootDirectory>,
     symbolizer: Symbolizer,
+    debuginfod: Option<Client>,
     names: HashMap<(ModuleId, u64, bool), Arc<[Symbol]>>,
 }
 
@@ -37,12 +49,26 @@ impl Modules {
             modules: Vec::new(),
             by_file: HashMap::new(),
             vdso: None,
+            roots: HashMap::new(),
             symbolizer: Symbolizer::new(
                 Limits::default(),
                 debuginfod_caches(|name| std::env::var_os(name).map(Into::into)),
             ),
+            debuginfod: Client::new(Patience::default(), |name| std::env::var_os(name)),
             names: HashMap::new(),
         }
+    }
+
+    /// Uses the names that earlier sessions kept, if there is a place for them.
+    pub fn use_cache(&mut self) {
+        if let Some(cache) = Cache::open(|name| std::env::var_os(name).map(Into::into)) {
+            self.symbolizer.use_cache(cache);
+        }
+    }
+
+    /// Keeps the names for later sessions.
+    pub fn save(&mut self) {
+        self.symbolizer.save();
     }
 
     /// As profiles list them.
@@ -64,13 +90,13 @@ impl Modules {
         });
         let path = match mapping.map(|mapping| &mapping.backing) {
             Some(Backing::File { path, .. }) => path.clone(),
-            _ => std::path::PathBuf::from("[unknown]"),
+            _ => PathBuf::from("[unknown]"),
         };
         let opened = mapping.and_then(|mapping| MappedFile::open(pid, mapping).ok());
         let file = opened.and_then(|opened| opened.file().try_clone().ok());
         let layout = file.as_ref().and_then(|file| Layout::of_file(file).ok()).unwrap_or_default();
         let source = file.map(|file| {
-            let root = pid.proc_path("root");
+            let root = root_path(&mut self.roots, pid);
             self.symbolizer.add(ModuleSource {
                 path: path.clone(),
                 image: Source::File(file),
@@ -139,6 +165,50 @@ impl Modules {
         let symbols: Arc<[Symbol]> = symbols.into();
         self.names.insert((module, svma, is_return), symbols.clone());
         symbols
+    }
+
+    /// Whether [`Modules::fetch_debug_files`] would ask a server.
+    pub fn lack_debug_files(&self) -> bool {
+        self.debuginfod.as_ref().is_some_and(|client| self.symbolizer.wants(client))
+    }
+
+    /// Has debuginfod asked for the debug files that the modules named so far lack, which may take
+    /// half a minute. Returns the modules whose addresses have better names now.
+    pub fn fetch_debug_files(&mut self) -> BTreeSet<ModuleId> {
+        let Some(client) = &mut self.debuginfod else {
+            return BTreeSet::new();
+        };
+        let sources = self.symbolizer.fetch(client);
+        let improved = (0..self.modules.len()).map(ModuleId).filter(|id| {
+            let source = self.modules.get(id.0).and_then(|module| module.source);
+            source.is_some_and(|source| sources.contains(&source))
+        });
+        let improved: BTreeSet<ModuleId> = improved.collect();
+        self.names.retain(|(module, _, _), _| !improved.contains(module));
+        improved
+    }
+
+    /// What kept code of the stacks from being named, in words; of many the first ones.
+    pub fn problems(&self) -> Vec<String> {
+        const SHOWN: usize = 8;
+        let named: BTreeSet<ModuleId> = self.names.keys().map(|(module, _, _)| *module).collect();
+        let sources = named.iter().filter_map(|id| self.modules.get(id.0)?.source);
+        let problems = sources.flat_map(|source| self.symbolizer.problems(source));
+        let all: BTreeSet<String> = problems.map(ToString::to_string).collect();
+        let hidden = all.len().saturating_sub(SHOWN);
+        let mut shown: Vec<String> = all.into_iter().take(SHOWN).collect();
+        if hidden > 0 {
+            shown.push(format!("names are missing for {hidden} more reasons like these"));
+        }
+        shown
+    }
+}
+
+/// Where the paths of `pid` begin; held open from now on.
+fn root_path(roots: &mut HashMap<RootId, RootDirectory>, pid: Pid) -> PathBuf {
+    match RootDirectory::open(pid) {
+        Ok(root) => roots.entry(root.id().clone()).or_insert(root).path(),
+        Err(_) => pid.proc_path("root"),
     }
 }
 

@@ -13,7 +13,7 @@ use std::{
 
 use crate::{
     elf::{
-        debug_files::{self, Place},
+        debug_files::{self, Debuginfod, Place},
         file::ElfFile,
         image::{Image, Source},
     },
@@ -113,8 +113,9 @@ fn debug_file(pid: Pid, path: &Path, file: &File) -> Option<File> {
         Place::Host(path) => root::open(Path::new("/"), path).ok(),
     };
     let caches = debuginfod_caches(|name| std::env::var_os(name).map(Into::into));
+    let debuginfod = Debuginfod { caches, ..Debuginfod::default() };
     let found =
-        debug_files::find(&image, path, &caches, &mut |place| open(place).map(Source::File));
+        debug_files::find(&image, path, &debuginfod, &mut |place| open(place).map(Source::File));
     open(&found.found?.place)
 }
 

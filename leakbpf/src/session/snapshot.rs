@@ -1,7 +1,7 @@
 //! From the kernel side's maps to a [`Profile`].
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     hash::{Hash, Hasher},
     io,
     sync::Arc,
@@ -299,6 +299,33 @@ impl Sites {
                     .collect()
             });
             site.frames = frames.clone();
+        }
+    }
+
+    /// Names the frames in some modules once more.
+    pub fn rename(
+        &mut self,
+        sites: &mut [Site],
+        renamed: &BTreeSet<ModuleId>,
+        modules: &mut Modules,
+    ) {
+        for (known, site) in self.sites.iter_mut().zip(sites) {
+            let Some(named) = &mut known.named else { continue };
+            let is_renamed =
+                |frame: &Frame| frame.module.is_some_and(|module| renamed.contains(&module));
+            if !named.iter().any(is_renamed) {
+                continue;
+            }
+            let frames =
+                named.iter().zip(known.placed.iter()).map(|(frame, placed)| match frame.module {
+                    Some(module) if renamed.contains(&module) => Frame {
+                        symbols: modules.name(module, placed.svma, !placed.interrupted),
+                        ..frame.clone()
+                    },
+                    _ => frame.clone(),
+                });
+            *named = frames.collect();
+            site.frames = named.clone();
         }
     }
 

@@ -4,9 +4,12 @@
 //! their paths) and answers with [`Symbol`]s. What cannot be read costs its own names only: it is
 //! noted as a [`Problem`] of the module, and the next source of names is tried.
 
+pub mod cache;
+pub mod debuginfod;
 pub mod demangle;
 pub mod dwarf;
 mod module;
+mod names;
 pub mod perf_map;
 pub mod root;
 pub mod symbol_table;
@@ -14,13 +17,16 @@ pub mod symbol_table;
 mod tests;
 pub mod vdso;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
+pub use cache::Cache;
 pub use demangle::demangle;
 use module::Module;
 pub use module::Problem;
 pub use perf_map::PerfMap;
 
+use crate::elf::debug_files::Debuginfod;
 use crate::elf::image::Source;
 use crate::profile::Symbol;
 
@@ -31,7 +37,7 @@ pub struct ModuleSource {
     pub path: PathBuf,
     /// An opened file, or [`vdso::image_bytes`].
     pub image: Source,
-    /// Where the target's paths begin: `/proc/PID/root`. Debug files are looked for below it.
+    /// Where the target's paths begin: `/proc/PID/root`, or what it led to. Debug files are looked for below it.
     pub root: PathBuf,
 }
 
@@ -58,10 +64,17 @@ pub struct ModuleHandle(usize);
 /// Names addresses. Fastest when the addresses of one module are asked for together.
 #[derive(Debug)]
 pub struct Symbolizer {
-    limits: Limits,
-    debuginfod_caches: Vec<PathBuf>,
+    means: Means,
     modules: Vec<Module>,
     calls: u64,
+}
+
+/// What every module is named with.
+#[derive(Debug)]
+struct Means {
+    limits: Limits,
+    debuginfod: Debuginfod,
+    cache: Option<Cache>,
 }
 
 /// Calls between two looks at the memory that is retained.
@@ -70,13 +83,32 @@ const CALLS_BETWEEN_TRIMS: u64 = 256;
 impl Symbolizer {
     /// `debuginfod_caches`: see [`debuginfod_caches`].
     pub fn new(limits: Limits, debuginfod_caches: Vec<PathBuf>) -> Symbolizer {
-        Symbolizer { limits, debuginfod_caches, modules: Vec::new(), calls: 0 }
+        let debuginfod = Debuginfod { caches: debuginfod_caches, ..Debuginfod::default() };
+        let means = Means { limits, debuginfod, cache: None };
+        Symbolizer { means, modules: Vec::new(), calls: 0 }
+    }
+
+    /// Uses the names that earlier sessions kept, for modules that are added from now on.
+    pub fn use_cache(&mut self, cache: Cache) {
+        self.means.cache = Some(cache);
+    }
+
+    /// Keeps the names found so far for later sessions.
+    pub fn save(&mut self) {
+        let Some(cache) = &self.means.cache else { return };
+        let mut is_larger = false;
+        for module in &mut self.modules {
+            is_larger |= module.save(cache);
+        }
+        if is_larger {
+            cache.trim();
+        }
     }
 
     /// Takes up a module. Its headers are read, and nothing else until an address is asked for. The
     /// file stays open until [`Symbolizer::close`].
     pub fn add(&mut self, source: ModuleSource) -> ModuleHandle {
-        self.modules.push(Module::open(source));
+        self.modules.push(Module::open(source, self.means.cache.is_some()));
         ModuleHandle(self.modules.len() - 1)
     }
 
@@ -91,11 +123,60 @@ impl Symbolizer {
         };
         let was_loaded = named.is_loaded();
         let svma = svma.saturating_sub(u64::from(after_call));
-        let symbols = named.name(svma, calls, &self.limits, &self.debuginfod_caches);
-        if !was_loaded || calls.is_multiple_of(CALLS_BETWEEN_TRIMS) {
+        let symbols = named.name(svma, calls, &self.means);
+        let is_new_in_memory = !was_loaded && named.is_loaded();
+        if is_new_in_memory || calls.is_multiple_of(CALLS_BETWEEN_TRIMS) {
             self.trim(module);
         }
         symbols
+    }
+
+    /// Has debuginfod asked for the debug files that modules lack, of those modules that names were
+    /// asked for. Returns the modules that have better names now. Takes as long as the client's
+    /// patience.
+    pub fn fetch(&mut self, client: &mut debuginfod::Client) -> Vec<ModuleHandle> {
+        let mut improved = BTreeSet::new();
+        // The second round is for what dwz moved out of the files of the first.
+        for _ in 0..2 {
+            let wanted: BTreeMap<Vec<u8>, Vec<usize>> = self.wanted(client);
+            let build_ids: Vec<Vec<u8>> = wanted.keys().cloned().collect();
+            let answers = client.fetch(&build_ids);
+            for ((build_id, modules), answer) in wanted.into_iter().zip(answers) {
+                let answer =
+                    answer.map(|path| self.means.debuginfod.fetched.insert(build_id, path));
+                for index in modules {
+                    let Some(module) = self.modules.get_mut(index) else { continue };
+                    match &answer {
+                        Ok(_) => {
+                            if module.reload(&self.means) {
+                                improved.insert(index);
+                            }
+                            self.trim(ModuleHandle(index));
+                        }
+                        Err(error) => module.not_fetched(error.clone()),
+                    }
+                }
+            }
+        }
+        improved.into_iter().map(ModuleHandle).collect()
+    }
+
+    /// Is there anything that [`Symbolizer::fetch`] would ask for?
+    pub fn wants(&self, client: &debuginfod::Client) -> bool {
+        !self.wanted(client).is_empty()
+    }
+
+    /// Build ids of debug files to ask for, with the modules that lack them.
+    fn wanted(&self, client: &debuginfod::Client) -> BTreeMap<Vec<u8>, Vec<usize>> {
+        let mut wanted: BTreeMap<Vec<u8>, Vec<usize>> = BTreeMap::new();
+        for (index, module) in self.modules.iter().enumerate() {
+            if let Some(build_id) = module.missing()
+                && !client.has_asked(build_id)
+            {
+                wanted.entry(build_id.to_vec()).or_default().push(index);
+            }
+        }
+        wanted
     }
 
     /// GNU build id of the module, lower-case hexadecimal.
@@ -129,13 +210,13 @@ impl Symbolizer {
             .modules
             .iter()
             .enumerate()
-            .filter(|(_, module)| module.is_loaded())
+            .filter(|(_, module)| module.is_loaded() || module.size_bytes() > 0)
             .map(|(index, module)| (module.last_call(), index, module.size_bytes()))
             .collect();
         sizes.sort_unstable();
         let mut total: usize = sizes.iter().map(|(_, _, size)| size).sum();
         for (_, index, size) in sizes {
-            if total <= self.limits.retained_bytes {
+            if total <= self.means.limits.retained_bytes {
                 return;
             }
             if index == in_use.0 {

@@ -42,7 +42,7 @@ impl Agent {
         match tracer {
             Tracer::Floor => command.args(["bench-floor"]),
             Tracer::Naive => command.args(["bench-floor", "--naive"]),
-            Tracer::Exact => command.args(["record", "--interval", "1h"]),
+            Tracer::Exact => command.args(["record", "--no-cache", "--interval", "1h"]),
         };
         command.args(["-p", &pid.to_string()]).args(arguments);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());

@@ -4,10 +4,9 @@
 //! then the inlined calls of one function. What is parsed is kept as plain data and dropped when it
 //! grows; nothing recurses, and each step has a [`Budget`], since the file may have been written to
 //! exhaust whoever reads it.
-//!
-//! Split DWARF (`.dwo` files) is not followed: such code is named by its symbol table.
 
 mod lines;
+mod split;
 mod unit;
 
 use std::collections::HashMap;
@@ -19,7 +18,10 @@ use gimli::{
     DebugLineOffset, EndianSlice, LittleEndian, Reader as _, Section as _, SectionId, UnitOffset,
 };
 
+use crate::elf::debug_files::{Open, Place};
 use crate::elf::image::{Image, ImageError};
+pub use split::SplitError;
+use split::{Splits, View};
 use unit::UnitNames;
 
 type Reader<'a> = EndianSlice<'a, LittleEndian>;
@@ -126,10 +128,12 @@ struct Span {
 /// Offsets in `.debug_info`, ascending.
 type UnitOffsets = Vec<usize>;
 
-/// Which file of the two an offset is about.
+/// Which file an offset is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Part {
     Main,
+    /// What is behind the skeleton unit of that number.
+    Split(u32),
     /// What `dwz` moved to a file that several debug files share.
     Alternate,
 }
@@ -144,24 +148,36 @@ pub struct DebugInfo {
     unit_offsets: UnitOffsets,
     alternate_unit_offsets: UnitOffsets,
     units: HashMap<u32, UnitNames>,
+    splits: Splits,
     abbreviations: KeptAbbreviations,
     section_bytes: usize,
+    limit_bytes: u64,
     lookups: u32,
     spent: Duration,
 }
 
+/// What is known of an address.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// The innermost inlined call first; empty when no unit knows the address.
+    pub frames: Vec<SourceFrame>,
+    /// A file that says more was not found: see [`DebugInfo::split_error`].
+    pub is_partial: bool,
+}
+
 impl DebugInfo {
     /// Reads the sections that names need, at most `limit_bytes` together, and finds out which
-    /// unit covers which addresses.
+    /// unit covers which addresses. `beside`: files that a `.dwp` file may lie beside.
     pub fn read(
         image: &Image,
         alternate: Option<&Image>,
+        beside: Vec<Place>,
         limit_bytes: u64,
     ) -> Result<DebugInfo, DwarfError> {
         let mut left = limit_bytes;
-        let sections = gimli::DwarfSections::load(|id| load(image, id, &mut left))?;
+        let sections = gimli::DwarfSections::load(|id| load_main(image, id, &mut left))?;
         let alternate = alternate
-            .map(|image| gimli::DwarfSections::load(|id| load(image, id, &mut left)))
+            .map(|image| gimli::DwarfSections::load(|id| load_main(image, id, &mut left)))
             .transpose()?;
         let mut info = DebugInfo {
             sections,
@@ -170,8 +186,10 @@ impl DebugInfo {
             unit_offsets: Vec::new(),
             alternate_unit_offsets: Vec::new(),
             units: HashMap::new(),
+            splits: Splits::new(beside),
             abbreviations: KeptAbbreviations::default(),
             section_bytes: (limit_bytes - left) as usize,
+            limit_bytes,
             lookups: 0,
             spent: Duration::ZERO,
         };
@@ -182,10 +200,14 @@ impl DebugInfo {
     /// Bytes kept in memory, nearly.
     pub fn size_bytes(&self) -> usize {
         let units: usize = self.units.values().map(UnitNames::size_bytes).sum();
-        self.section_bytes
-            + units
-            + self.spans.len() * size_of::<Span>()
-            + self.abbreviations.bytes * ABBREVIATIONS_GROWTH
+        let spans = self.spans.len() * size_of::<Span>();
+        let abbreviations = self.abbreviations.bytes * ABBREVIATIONS_GROWTH;
+        self.section_bytes + units + spans + abbreviations + self.splits.size_bytes()
+    }
+
+    /// Why some addresses have less names than they could have.
+    pub fn split_error(&self) -> Option<&SplitError> {
+        self.splits.error()
     }
 
     fn index(&mut self) -> Result<(), DwarfError> {
@@ -223,6 +245,9 @@ impl DebugInfo {
             let Ok((unit, root)) = open_unit(&dwarf, header, abbreviations) else {
                 continue;
             };
+            if let Some(id) = unit.dwo_id {
+                self.splits.add(number, id);
+            }
             root.ranges.each(&dwarf, &unit, &mut budget, |begin, end| {
                 spans.push(Span { begin, end, unit: number });
             })?;
@@ -244,20 +269,20 @@ impl DebugInfo {
         Ok(())
     }
 
-    /// What was compiled to `svma`, the innermost inlined call first; empty when no unit knows it.
-    pub fn find(&mut self, svma: u64) -> Result<Vec<SourceFrame>, DwarfError> {
+    /// What was compiled to `svma`. `open` opens `.dwo` and `.dwp` files.
+    pub fn find(&mut self, svma: u64, open: &mut Open) -> Result<Found, DwarfError> {
         let allowed = LOOKUP_TIME_MEAN_MAX.saturating_mul(self.lookups);
         if self.spent > TOTAL_TIME_MAX.saturating_add(allowed) {
             return Err(DwarfError::TooMuchWork);
         }
         self.lookups = self.lookups.saturating_add(1);
         let began = Instant::now();
-        let frames = self.find_timed(svma);
+        let found = self.find_timed(svma, open);
         self.spent += began.elapsed();
-        frames
+        found
     }
 
-    fn find_timed(&mut self, svma: u64) -> Result<Vec<SourceFrame>, DwarfError> {
+    fn find_timed(&mut self, svma: u64, open: &mut Open) -> Result<Found, DwarfError> {
         let after = self.spans.partition_point(|span| span.begin <= svma);
         let candidates: Vec<u32> = self
             .spans
@@ -271,19 +296,22 @@ impl DebugInfo {
             .take(CANDIDATES_MAX)
             .collect();
         let mut budget = Budget::new(LOOKUP_TIME_MAX);
+        let mut is_partial = false;
         for number in candidates {
-            let frames = self.find_in_unit(number, svma, &mut budget)?;
+            let frames = self.find_in_unit(number, svma, open, &mut budget)?;
+            is_partial |= self.splits.lacks(number);
             if !frames.is_empty() {
-                return Ok(frames);
+                return Ok(Found { frames, is_partial });
             }
         }
-        Ok(Vec::new())
+        Ok(Found { frames: Vec::new(), is_partial })
     }
 
     fn find_in_unit(
         &mut self,
         number: u32,
         svma: u64,
+        open: &mut Open,
         budget: &mut Budget,
     ) -> Result<Vec<SourceFrame>, DwarfError> {
         let Some(&offset) = self.unit_offsets.get(number as usize) else {
@@ -294,23 +322,38 @@ impl DebugInfo {
         {
             self.units.clear();
         }
+        let dwarf = view(&self.sections, self.alternate.as_ref());
+        if self.splits.is_unopened(number) {
+            let header = dwarf.unit_header(DebugInfoOffset(offset))?;
+            let DebugAbbrevOffset(table) = header.debug_abbrev_offset();
+            let skeleton = open_unit(&dwarf, header, abbreviations(&dwarf, table)?)?;
+            let left = self.limit_bytes.saturating_sub(self.section_bytes as u64);
+            self.splits.open(number, &dwarf, &skeleton, left, open, budget)?;
+        }
         let mut lookup = Lookup {
-            dwarf: view(&self.sections, self.alternate.as_ref()),
+            split: self.splits.view(number, &dwarf),
+            dwarf,
             unit_offsets: &self.unit_offsets,
             alternate_unit_offsets: &self.alternate_unit_offsets,
             abbreviations: &mut self.abbreviations,
         };
-        self.units.entry(number).or_insert_with(|| UnitNames::new(offset)).find(
-            svma,
-            &mut lookup,
-            budget,
-        )
+        let part = match lookup.split {
+            Some(_) => Part::Split(number),
+            None => Part::Main,
+        };
+        let names = self.units.entry(number).or_insert_with(|| UnitNames::new(offset, part));
+        // What was behind it was dropped, and is there no more.
+        if names.part() != part {
+            *names = UnitNames::new(offset, part);
+        }
+        names.find(svma, &mut lookup, budget)
     }
 }
 
 /// What finding something in a unit needs besides the unit.
 struct Lookup<'a> {
     dwarf: Dwarf<'a>,
+    split: Option<View<'a>>,
     unit_offsets: &'a UnitOffsets,
     alternate_unit_offsets: &'a UnitOffsets,
     abbreviations: &'a mut KeptAbbreviations,
@@ -318,8 +361,9 @@ struct Lookup<'a> {
 
 impl<'a> Lookup<'a> {
     fn dwarf(&self, part: Part) -> &Dwarf<'a> {
-        match (part, self.dwarf.sup()) {
-            (Part::Alternate, Some(alternate)) => alternate,
+        match (part, self.dwarf.sup(), &self.split) {
+            (Part::Alternate, Some(alternate), _) => alternate,
+            (Part::Split(_), _, Some(split)) => &split.dwarf,
             _ => &self.dwarf,
         }
     }
@@ -346,6 +390,7 @@ impl<'a> Lookup<'a> {
     fn unit_around(&self, part: Part, offset: usize) -> Option<usize> {
         let offsets = match part {
             Part::Main => self.unit_offsets,
+            Part::Split(_) => self.split.as_ref()?.offsets,
             Part::Alternate => self.alternate_unit_offsets,
         };
         let after = offsets.partition_point(|&unit| unit <= offset);
@@ -420,6 +465,8 @@ impl<'a> Ranges<'a> {
 struct Root<'a> {
     ranges: Ranges<'a>,
     lines: Option<DebugLineOffset<usize>>,
+    /// Name of the file that the unit is a skeleton of.
+    dwo_name: Option<AttributeValue<Reader<'a>>>,
 }
 
 /// As `gimli::Dwarf::unit`, but leaves the line program's header alone: with its lists of files it
@@ -449,10 +496,13 @@ fn open_unit<'a>(
             dwarf.file_type,
         ),
         line_program: None,
-        dwo_id: None,
+        dwo_id: match header.type_() {
+            gimli::UnitType::Skeleton(id) | gimli::UnitType::SplitCompilation(id) => Some(id),
+            _ => None,
+        },
         header,
     };
-    let mut root = Root { ranges: Ranges::default(), lines: None };
+    let mut root = Root { ranges: Ranges::default(), lines: None, dwo_name: None };
     let mut directory = None;
     let mut attributes = Vec::new();
     {
@@ -481,6 +531,10 @@ fn open_unit<'a>(
                 gimli::DW_AT_rnglists_base | gimli::DW_AT_GNU_ranges_base,
                 AttributeValue::DebugRngListsBase(base),
             ) => unit.rnglists_base = base,
+            (gimli::DW_AT_GNU_dwo_id, AttributeValue::DwoId(id)) => unit.dwo_id = Some(id),
+            (gimli::DW_AT_dwo_name | gimli::DW_AT_GNU_dwo_name, name) => {
+                root.dwo_name = Some(name);
+            }
             _ => {}
         }
     }
@@ -549,7 +603,7 @@ fn view<'a>(
 }
 
 /// Reads a section when names need it; empty when the file has none.
-fn load(image: &Image, id: SectionId, left: &mut u64) -> Result<Vec<u8>, ImageError> {
+fn load_main(image: &Image, id: SectionId, left: &mut u64) -> Result<Vec<u8>, ImageError> {
     if !matches!(
         id,
         SectionId::DebugAbbrev
@@ -564,8 +618,12 @@ fn load(image: &Image, id: SectionId, left: &mut u64) -> Result<Vec<u8>, ImageEr
     ) {
         return Ok(Vec::new());
     }
-    let packed_name = id.name().replacen(".debug", ".zdebug", 1);
-    let Some(section) = image.section(id.name()).or_else(|| image.section(&packed_name)) else {
+    load(image, id.name(), left)
+}
+
+fn load(image: &Image, name: &str, left: &mut u64) -> Result<Vec<u8>, ImageError> {
+    let packed_name = name.replacen(".debug", ".zdebug", 1);
+    let Some(section) = image.section(name).or_else(|| image.section(&packed_name)) else {
         return Ok(Vec::new());
     };
     let bytes = image.contents(section, *left)?;
@@ -580,10 +638,11 @@ const REFERENCES_MAX: u32 = 16;
 fn name_of<'a>(
     lookup: &mut Lookup<'a>,
     unit: &Unit<'a>,
+    part: Part,
     offset: UnitOffset,
     budget: &mut Budget,
 ) -> Result<Option<Reader<'a>>, DwarfError> {
-    let mut part = Part::Main;
+    let mut part = part;
     let mut offset = offset;
     let mut foreign: Option<Unit<'a>> = None;
     for _ in 0..REFERENCES_MAX {

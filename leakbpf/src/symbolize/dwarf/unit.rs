@@ -43,6 +43,8 @@ struct Function {
 #[derive(Debug)]
 pub(super) struct UnitNames {
     offset: usize,
+    /// Where its functions are: in the unit itself, or behind it.
+    part: Part,
     /// Sorted by begin.
     ranges: Option<Vec<FunctionRange>>,
     functions: HashMap<usize, Function>,
@@ -51,14 +53,19 @@ pub(super) struct UnitNames {
 }
 
 impl UnitNames {
-    pub fn new(offset: usize) -> UnitNames {
+    pub fn new(offset: usize, part: Part) -> UnitNames {
         UnitNames {
             offset,
+            part,
             ranges: None,
             functions: HashMap::new(),
             names: HashMap::new(),
             lines: None,
         }
+    }
+
+    pub fn part(&self) -> Part {
+        self.part
     }
 
     pub fn size_bytes(&self) -> usize {
@@ -82,10 +89,11 @@ impl UnitNames {
         budget: &mut Budget,
     ) -> Result<Vec<SourceFrame>, DwarfError> {
         // Opened only when something has to be parsed.
-        let mut opened = Opened { offset: self.offset, unit: None };
+        let part = self.part;
+        let mut opened = Opened { offset: self.offset, unit: None, split: None };
         if self.ranges.is_none() {
-            let (unit, _) = opened.get(lookup)?;
-            self.ranges = Some(function_ranges(lookup, unit, budget)?);
+            let unit = opened.functions(lookup)?;
+            self.ranges = Some(function_ranges(lookup, unit, part, budget)?);
         }
         let lines = match &mut self.lines {
             Some(lines) => lines,
@@ -109,8 +117,8 @@ impl UnitNames {
         let function = match self.functions.entry(entry) {
             std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
             std::collections::hash_map::Entry::Vacant(unread) => {
-                let (unit, _) = opened.get(lookup)?;
-                unread.insert(Function::read(lookup, unit, entry, budget)?)
+                let unit = opened.functions(lookup)?;
+                unread.insert(Function::read(lookup, unit, part, entry, budget)?)
             }
         };
 
@@ -122,8 +130,8 @@ impl UnitNames {
             let function = match self.names.get(&entry) {
                 Some(known) => known.clone(),
                 None => {
-                    let (unit, _) = opened.get(lookup)?;
-                    let name = match name_of(lookup, unit, UnitOffset(entry), budget) {
+                    let unit = opened.functions(lookup)?;
+                    let name = match name_of(lookup, unit, part, UnitOffset(entry), budget) {
                         Err(DwarfError::TooMuchWork) => return Err(DwarfError::TooMuchWork),
                         name => name.ok().flatten(),
                     };
@@ -155,6 +163,7 @@ impl UnitNames {
 pub(super) struct Opened<'a> {
     offset: usize,
     unit: Option<(Unit<'a>, Root<'a>)>,
+    split: Option<Unit<'a>>,
 }
 
 impl<'a> Opened<'a> {
@@ -163,6 +172,20 @@ impl<'a> Opened<'a> {
             self.unit = Some(lookup.open(Part::Main, self.offset)?);
         }
         self.unit.as_ref().ok_or(DwarfError::Damaged(gimli::Error::MissingUnitDie))
+    }
+
+    /// The unit that has the functions: what is behind a skeleton.
+    fn functions(&mut self, lookup: &mut Lookup<'a>) -> Result<&Unit<'a>, DwarfError> {
+        let Some((part, offset)) = lookup.split.as_ref().map(|split| (split.part, split.offset))
+        else {
+            return Ok(&self.get(lookup)?.0);
+        };
+        if self.split.is_none() {
+            let (mut unit, _) = lookup.open(part, offset)?;
+            unit.copy_relocated_attributes(&self.get(lookup)?.0);
+            self.split = Some(unit);
+        }
+        self.split.as_ref().ok_or(DwarfError::Damaged(gimli::Error::MissingUnitDie))
     }
 }
 
@@ -175,9 +198,10 @@ fn function_at(ranges: &[FunctionRange], svma: u64) -> Option<usize> {
 fn function_ranges<'a>(
     lookup: &Lookup<'a>,
     unit: &Unit<'a>,
+    part: Part,
     budget: &mut Budget,
 ) -> Result<Vec<FunctionRange>, DwarfError> {
-    let dwarf = lookup.dwarf(Part::Main);
+    let dwarf = lookup.dwarf(part);
     let mut functions = Vec::new();
     let mut entries = unit.entries_raw(None)?;
     while !entries.is_empty() {
@@ -208,10 +232,11 @@ impl Function {
     fn read<'a>(
         lookup: &Lookup<'a>,
         unit: &Unit<'a>,
+        part: Part,
         entry: usize,
         budget: &mut Budget,
     ) -> Result<Function, DwarfError> {
-        let dwarf = lookup.dwarf(Part::Main);
+        let dwarf = lookup.dwarf(part);
         let mut function = Function::default();
         let mut entries = unit.entries_raw(Some(UnitOffset(entry)))?;
         let top = entries.next_depth();

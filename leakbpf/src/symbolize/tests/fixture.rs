@@ -45,6 +45,63 @@ template <typename T> struct Basket {
 int *fill() { shop::Basket<int> basket; return basket.add(7); }
 "#;
 
+/// Two files as dwz makes them: the name and the partial unit are in the shared one.
+pub const DWZ_SHARED_SOURCE: &str = r#"
+    .section .debug_abbrev, "", @progbits
+    .byte 1, 0x3c, 1, 0, 0              # partial unit
+    .byte 2, 0x2e, 0, 0x03, 0x08, 0, 0  # subprogram: name
+    .byte 0
+    .section .debug_info, "", @progbits
+    .long 2f - 1f
+1:  .short 4
+    .long 0
+    .byte 8
+    .byte 1
+    .byte 2                             # at offset 12
+    .asciz "from_the_shared_file"
+    .byte 0
+2:
+    .section .debug_str, "", @progbits
+    .asciz "also_from_the_shared_file"
+"#;
+pub const DWZ_SHARED_BUILD_ID: &str = "-Wl,--build-id=0x0102030405060708090a0b0c0d0e0f1011121314";
+
+/// Refers to the shared file as `../shared/common.dwz`.
+pub const DWZ_MAIN_SOURCE: &str = r#"
+    .text
+.Llow: .fill 32, 1, 0x90
+    .section .gnu_debugaltlink, "", @progbits
+    .asciz "../shared/common.dwz"
+    .byte 1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20
+    .section .debug_abbrev, "", @progbits
+    .byte 1, 0x11, 1, 0x11, 0x01, 0x12, 0x06, 0, 0         # unit: low_pc, high_pc
+    .byte 2, 0x2e, 0, 0x31                                 # subprogram: abstract_origin
+    .uleb128 0x1f20                                        #   GNU_ref_alt
+    .byte 0x11, 0x01, 0x12, 0x06, 0, 0                     #   low_pc, high_pc
+    .byte 3, 0x2e, 0, 0x03                                 # subprogram: name
+    .uleb128 0x1f21                                        #   GNU_strp_alt
+    .byte 0x11, 0x01, 0x12, 0x06, 0, 0
+    .byte 0
+    .section .debug_info, "", @progbits
+    .long 2f - 1f
+1:  .short 4
+    .long 0
+    .byte 8
+    .byte 1
+    .quad .Llow
+    .long 32
+    .byte 2
+    .long 12
+    .quad .Llow
+    .long 16
+    .byte 3
+    .long 0
+    .quad .Llow + 16
+    .long 16
+    .byte 0
+2:
+"#;
+
 pub struct Fixture {
     pub directory: TempDir,
 }

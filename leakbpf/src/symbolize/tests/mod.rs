@@ -1,9 +1,12 @@
 //! Whole modules: compiled here, or what the machine has.
 
+mod cache;
 mod damaged;
+mod debuginfod;
 mod fixture;
 mod oracle;
 mod separate;
+mod split;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};

@@ -8,7 +8,7 @@ use super::fixture::Fixture;
 use super::*;
 
 /// Templates of the standard library, inlined into each other some levels deep.
-const SOURCE: &str = r#"#include <algorithm>
+pub(super) const SOURCE: &str = r#"#include <algorithm>
 #include <map>
 #include <string>
 #include <vector>

@@ -3,7 +3,9 @@
 use std::fs::{self, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
 
-use super::fixture::{Fixture, build_id_of};
+use super::fixture::{
+    DWZ_MAIN_SOURCE, DWZ_SHARED_BUILD_ID, DWZ_SHARED_SOURCE, Fixture, build_id_of,
+};
 use super::*;
 
 /// A stripped module whose debug file lies at `debug_path`; the address of its static function,
@@ -58,6 +60,19 @@ fn a_debug_file_is_found_in_the_debuginfod_cache() {
     let mut symbolizer = Symbolizer::new(Limits::default(), caches);
     let module = symbolizer.add(fixture.module("/usr/lib/fixture.so"));
     assert_eq!(functions(&symbolizer.name(module, hidden, false)), ["hidden"]);
+}
+
+/// What debuginfod clients leave when no server has the file.
+#[test]
+fn an_empty_file_in_the_debuginfod_cache_is_none() {
+    let (fixture, hidden) = split("/elsewhere/fixture.debug", false);
+    let id = build_id_of(&fixture.real("/usr/lib/fixture.so"));
+    let caches = vec![fixture.root().join("cache")];
+    fs::write(fixture.real(&format!("/cache/{id}/debuginfo")), "").expect("empty file");
+    let mut symbolizer = Symbolizer::new(Limits::default(), caches);
+    let module = symbolizer.add(fixture.module("/usr/lib/fixture.so"));
+    assert!(symbolizer.name(module, hidden, false).is_empty());
+    assert!(symbolizer.problems(module).is_empty(), "{:?}", symbolizer.problems(module));
 }
 
 #[test]
@@ -117,67 +132,13 @@ fn a_debug_file_that_shrinks_while_it_is_read_costs_names_only() {
     assert!(symbolizer.name(module, hidden, false).is_empty());
 }
 
-/// Two files as dwz makes them: the name and the partial unit are in the shared one.
 #[test]
 fn names_that_dwz_moved_to_a_shared_file_are_found() {
     let fixture = Fixture::new();
-    let shared = r#"
-        .section .debug_abbrev, "", @progbits
-        .byte 1, 0x3c, 1, 0, 0              # partial unit
-        .byte 2, 0x2e, 0, 0x03, 0x08, 0, 0  # subprogram: name
-        .byte 0
-        .section .debug_info, "", @progbits
-        .long 2f - 1f
-    1:  .short 4
-        .long 0
-        .byte 8
-        .byte 1
-        .byte 2                             # at offset 12
-        .asciz "from_the_shared_file"
-        .byte 0
-    2:
-        .section .debug_str, "", @progbits
-        .asciz "also_from_the_shared_file"
-    "#;
-    let main = r#"
-        .text
-    .Llow: .fill 32, 1, 0x90
-        .section .gnu_debugaltlink, "", @progbits
-        .asciz "../shared/common.dwz"
-        .byte 1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20
-        .section .debug_abbrev, "", @progbits
-        .byte 1, 0x11, 1, 0x11, 0x01, 0x12, 0x06, 0, 0         # unit: low_pc, high_pc
-        .byte 2, 0x2e, 0, 0x31                                 # subprogram: abstract_origin
-        .uleb128 0x1f20                                        #   GNU_ref_alt
-        .byte 0x11, 0x01, 0x12, 0x06, 0, 0                     #   low_pc, high_pc
-        .byte 3, 0x2e, 0, 0x03                                 # subprogram: name
-        .uleb128 0x1f21                                        #   GNU_strp_alt
-        .byte 0x11, 0x01, 0x12, 0x06, 0, 0
-        .byte 0
-        .section .debug_info, "", @progbits
-        .long 2f - 1f
-    1:  .short 4
-        .long 0
-        .byte 8
-        .byte 1
-        .quad .Llow
-        .long 32
-        .byte 2
-        .long 12
-        .quad .Llow
-        .long 16
-        .byte 3
-        .long 0
-        .quad .Llow + 16
-        .long 16
-        .byte 0
-    2:
-    "#;
     let flags = ["-g0", "-nostdlib", "-Wl,--build-id=none"];
-    let id = "-Wl,--build-id=0x0102030405060708090a0b0c0d0e0f1011121314";
-    let shared_flags = ["-g0", "-nostdlib", id];
-    fixture.compile("/src/shared.s", shared, "/shared/common.dwz", &shared_flags);
-    fixture.compile("/src/main.s", main, "/lib/main.so", &flags);
+    let shared_flags = ["-g0", "-nostdlib", DWZ_SHARED_BUILD_ID];
+    fixture.compile("/src/shared.s", DWZ_SHARED_SOURCE, "/shared/common.dwz", &shared_flags);
+    fixture.compile("/src/main.s", DWZ_MAIN_SOURCE, "/lib/main.so", &flags);
     let low = fixture.text("/lib/main.so");
     let (mut symbolizer, module) = fixture.symbolizer("/lib/main.so");
     let mut name = |offset| symbolizer.name(module, low + offset, false);
