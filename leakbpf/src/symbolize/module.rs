@@ -1,6 +1,7 @@
 //! One module: its sources of names, in the order in which they are asked.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::demangle::{demangle, is_mangled};
 use super::dwarf::{DebugInfo, DwarfError, SourceFrame};
@@ -27,6 +28,13 @@ pub enum Problem {
     NoAlternate { path: PathBuf },
 }
 
+/// Time for a module's mangled names: so much, and what each is allowed on average, a hundred times
+/// what honest ones take.
+const DEMANGLING_MAX: Duration = Duration::from_secs(5);
+const DEMANGLING_MEAN_MAX: Duration = Duration::from_millis(1);
+/// A name is never charged more: the agent may have been stopped meanwhile.
+const NAME_CHARGE_MAX: Duration = Duration::from_secs(1);
+
 /// A module that is asked for hours must not collect the same complaint for ever.
 const PROBLEMS_MAX: usize = 16;
 
@@ -38,6 +46,28 @@ pub(super) struct Module {
     loaded: Option<Loaded>,
     last_call: u64,
     problems: Vec<Problem>,
+    demangling: Demangling,
+}
+
+/// What names took so far.
+#[derive(Debug, Default)]
+struct Demangling {
+    spent: Duration,
+    names: u32,
+}
+
+impl Demangling {
+    fn demangle(&mut self, name: &str) -> String {
+        let allowed = DEMANGLING_MAX.saturating_add(DEMANGLING_MEAN_MAX.saturating_mul(self.names));
+        if self.spent > allowed {
+            return name.to_owned();
+        }
+        let start = Instant::now();
+        let plain = demangle(name);
+        self.spent = self.spent.saturating_add(start.elapsed().min(NAME_CHARGE_MAX));
+        self.names = self.names.saturating_add(1);
+        plain
+    }
 }
 
 /// What was read to answer, all of which can be read again.
@@ -90,7 +120,15 @@ impl Module {
             Ok(image) => (Some(image), Vec::new()),
             Err(error) => (None, vec![Problem::Image { path: source.path.clone(), source: error }]),
         };
-        Module { path: source.path, root: source.root, image, loaded: None, last_call: 0, problems }
+        Module {
+            path: source.path,
+            root: source.root,
+            image,
+            loaded: None,
+            last_call: 0,
+            problems,
+            demangling: Demangling::default(),
+        }
     }
 
     pub fn build_id(&self) -> Option<String> {
@@ -174,7 +212,7 @@ impl Module {
         for problem in problems {
             self.note(problem);
         }
-        symbols(frames)
+        symbols(frames, &mut self.demangling)
     }
 
     /// Keeps a problem, unless it is known: what was unloaded and is read again fails again.
@@ -188,7 +226,7 @@ impl Module {
 }
 
 /// A line without a function names nothing, unless a function was inlined into it.
-fn symbols(frames: Vec<SourceFrame>) -> Vec<Symbol> {
+fn symbols(frames: Vec<SourceFrame>, demangling: &mut Demangling) -> Vec<Symbol> {
     let count = frames.len();
     frames
         .into_iter()
@@ -196,7 +234,7 @@ fn symbols(frames: Vec<SourceFrame>) -> Vec<Symbol> {
         .filter_map(|(index, frame)| {
             let inlined = index + 1 < count;
             let function = match (&frame.function, inlined) {
-                (Some(name), _) => demangle(name),
+                (Some(name), _) => demangling.demangle(name),
                 // Dropping it would make a caller out of the callee.
                 (None, true) => "[inlined]".to_owned(),
                 (None, false) => return None,
@@ -353,4 +391,19 @@ impl Files<'_> {
 fn accept(search: Search, problems: &mut Vec<Problem>) -> Option<DebugFile> {
     problems.extend(search.refused.into_iter().map(Problem::from));
     search.found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_module_whose_names_took_too_long_keeps_the_rest_mangled() {
+        let mut demangling = Demangling::default();
+        assert_eq!(demangling.demangle("_Znwm"), "operator new(unsigned long)");
+        assert_eq!(demangling.names, 1);
+        assert!(demangling.spent > Duration::ZERO);
+        demangling.spent += DEMANGLING_MAX + 2 * DEMANGLING_MEAN_MAX;
+        assert_eq!(demangling.demangle("_Znwm"), "_Znwm");
+    }
 }
