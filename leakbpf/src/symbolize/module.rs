@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::cache::{Cache, Key};
 use super::debuginfod::FetchError;
@@ -35,6 +36,13 @@ pub enum Problem {
     NotFetched { path: PathBuf, source: FetchError },
 }
 
+/// Time for a module's mangled names: so much, and what each is allowed on average, a hundred times
+/// what honest ones take.
+const DEMANGLING_MAX: Duration = Duration::from_secs(5);
+const DEMANGLING_MEAN_MAX: Duration = Duration::from_millis(1);
+/// A name is never charged more: the agent may have been stopped meanwhile.
+const NAME_CHARGE_MAX: Duration = Duration::from_secs(1);
+
 /// A module that is asked for hours must not collect the same complaint for ever.
 const PROBLEMS_MAX: usize = 16;
 
@@ -51,6 +59,28 @@ pub(super) struct Module {
     missing: Option<Vec<u8>>,
     last_call: u64,
     problems: Vec<Problem>,
+    demangling: Demangling,
+}
+
+/// What names took so far.
+#[derive(Debug, Default)]
+struct Demangling {
+    spent: Duration,
+    names: u32,
+}
+
+impl Demangling {
+    fn demangle(&mut self, name: &str) -> String {
+        let allowed = DEMANGLING_MAX.saturating_add(DEMANGLING_MEAN_MAX.saturating_mul(self.names));
+        if self.spent > allowed {
+            return name.to_owned();
+        }
+        let start = Instant::now();
+        let plain = demangle(name);
+        self.spent = self.spent.saturating_add(start.elapsed().min(NAME_CHARGE_MAX));
+        self.names = self.names.saturating_add(1);
+        plain
+    }
 }
 
 /// Names from the cache, and for it.
@@ -153,6 +183,7 @@ impl Module {
             missing: None,
             last_call: 0,
             problems,
+            demangling: Demangling::default(),
         }
     }
 
@@ -323,7 +354,7 @@ impl Module {
         for problem in problems {
             self.note(problem);
         }
-        (symbols(frames), is_partial)
+        (symbols(frames, &mut self.demangling), is_partial)
     }
 
     /// Keeps a problem, unless it is known: what was unloaded and is read again fails again.
@@ -337,7 +368,7 @@ impl Module {
 }
 
 /// A line without a function names nothing, unless a function was inlined into it.
-fn symbols(frames: Vec<SourceFrame>) -> Vec<Symbol> {
+fn symbols(frames: Vec<SourceFrame>, demangling: &mut Demangling) -> Vec<Symbol> {
     let count = frames.len();
     frames
         .into_iter()
@@ -345,7 +376,7 @@ fn symbols(frames: Vec<SourceFrame>) -> Vec<Symbol> {
         .filter_map(|(index, frame)| {
             let inlined = index + 1 < count;
             let function = match (&frame.function, inlined) {
-                (Some(name), _) => demangle(name),
+                (Some(name), _) => demangling.demangle(name),
                 // Dropping it would make a caller out of the callee.
                 (None, true) => "[inlined]".to_owned(),
                 (None, false) => return None,
@@ -548,4 +579,19 @@ impl<'a> Files<'a> {
 fn accept(search: Search, problems: &mut Vec<Problem>) -> Option<DebugFile> {
     problems.extend(search.refused.into_iter().map(Problem::from));
     search.found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_module_whose_names_took_too_long_keeps_the_rest_mangled() {
+        let mut demangling = Demangling::default();
+        assert_eq!(demangling.demangle("_Znwm"), "operator new(unsigned long)");
+        assert_eq!(demangling.names, 1);
+        assert!(demangling.spent > Duration::ZERO);
+        demangling.spent += DEMANGLING_MAX + 2 * DEMANGLING_MEAN_MAX;
+        assert_eq!(demangling.demangle("_Znwm"), "_Znwm");
+    }
 }
