@@ -75,7 +75,7 @@ pub enum StackOutcome {
     Unreadable,
     /// A frame points to no executable mapping.
     BadAddress,
-    /// A foreign return probe hides the frames above.
+    /// A return probe hides the frames above.
     Trampoline,
     /// The stack was not captured (no scratch memory was free).
     Lost,
@@ -125,7 +125,7 @@ impl StackOutcome {
             Self::NoFramePointer => Some("code without frame pointers"),
             Self::Unreadable => Some("stack memory could not be read"),
             Self::BadAddress => Some("a return address points to no executable mapping"),
-            Self::Trampoline => Some("another tool's return probe hides the callers"),
+            Self::Trampoline => Some("a return probe hides the callers"),
             Self::Lost => Some("the stack was not captured"),
             Self::NoRow => Some("no unwind rows are loaded for the module"),
             Self::StackNotGrowing => Some("the caller's frame would not lie above this one"),
@@ -304,6 +304,17 @@ impl Profile {
     /// Sum over what allocators hold from the kernel to serve the heap.
     pub fn allocator_totals(&self) -> Counters {
         self.sum(|kind| !kind.belongs_to_totals())
+    }
+
+    /// How many allocations and mappings had a stack that ended so; every outcome is present.
+    pub fn stacks(&self) -> BTreeMap<StackOutcome, u64> {
+        let mut stacks: BTreeMap<_, _> =
+            StackOutcome::ALL.into_iter().map(|outcome| (outcome, 0)).collect();
+        for site in &self.sites {
+            let count: &mut u64 = stacks.entry(site.outcome).or_default();
+            *count = count.saturating_add(site.counters.allocated_count);
+        }
+        stacks
     }
 
     fn sum(&self, wanted: impl Fn(SiteKind) -> bool) -> Counters {

@@ -42,6 +42,7 @@ struct Head<'a, S: Serialize, B: Serialize> {
     processes: Vec<Process<'a>>,
     totals: Totals,
     allocator_totals: Totals,
+    stacks: BTreeMap<&'static str, u64>,
     losses: BTreeMap<&'a str, u64>,
     events: Vec<Event<'a>>,
     site_count: usize,
@@ -181,6 +182,11 @@ impl Serialize for Document<'_> {
             processes: profile.processes.iter().map(process_entry).collect(),
             totals: profile.totals().into(),
             allocator_totals: profile.allocator_totals().into(),
+            stacks: profile
+                .stacks()
+                .into_iter()
+                .map(|(outcome, count)| (outcome.name(), count))
+                .collect(),
             losses,
             events: profile
                 .events

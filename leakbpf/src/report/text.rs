@@ -98,6 +98,7 @@ fn write_head(
             write_ended(profile, out)?;
         }
     }
+    write_stacks(profile, out)?;
     let losses: Vec<_> = profile.losses.iter().filter(|(_, count)| **count > 0).collect();
     if !losses.is_empty() {
         let losses: Vec<_> = losses
@@ -111,6 +112,24 @@ fn write_head(
         write_processes(profile, style, out)?;
     }
     Ok(())
+}
+
+/// How many stacks are complete, and what keeps the others from it.
+fn write_stacks(profile: &Profile, out: &mut dyn Write) -> io::Result<()> {
+    let stacks = profile.stacks();
+    let all: u64 = stacks.values().fold(0, |sum, count| sum.saturating_add(*count));
+    if all == 0 {
+        return Ok(());
+    }
+    let (mut complete, mut rest) = (0, String::new());
+    for (outcome, &count) in &stacks {
+        match outcome.gap() {
+            None => complete = count,
+            Some(_) if count == 0 => {}
+            Some(_) => rest.push_str(&format!(", {} {}", outcome.name(), units::exact(count))),
+        }
+    }
+    writeln!(out, "stacks    {:>10}  complete{rest}", units::percent(complete, all))
 }
 
 /// What processes held when they ended is their final state, not memory that is in use: while
