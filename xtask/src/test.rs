@@ -52,6 +52,8 @@ pub fn privileged(arguments: &[String]) -> Result<()> {
     }
     setup::run()?;
     shell::run(shell::cargo().args(["build", "--release", "-p", "leakbpf"]))?;
+    // Unit tests that need what the setup installs.
+    shell::run(shell::cargo().args(["test", "-p", "leakbpf", "--lib", "--", "--ignored"]))?;
     // One at a time: a test that counts what is attached must not see another's probes.
     let mut command = shell::cargo();
     command

@@ -106,7 +106,7 @@ fn a_librarys_constructor_has_not_run_either() {
 }
 
 #[test]
-#[ignore = "needs musl-gcc (Debian: musl-tools)"]
+#[ignore = "needs musl-gcc; `cargo xtask test --privileged` installs it and runs this"]
 fn a_musl_program_is_held_before_any_constructor() {
     let program = Program::compile_with("musl-gcc", CONSTRUCTOR, &[]);
     let (before, _, after, code) = observe(&program.path());
