@@ -237,9 +237,12 @@ fn admit(
 /// reason when it is not the best of all.
 fn load(config: &Config) -> Result<(Kernel, Option<String>), SessionError> {
     let mut settings = settings(config)?;
-    let (best, others): (StackWalk, &[StackWalk]) = match config.stack {
-        StackMethod::Auto => (StackWalk::Rows, &[StackWalk::RowsBounded, StackWalk::FramePointers]),
-        StackMethod::Rows => (StackWalk::Rows, &[StackWalk::RowsBounded]),
+    const BOUNDED: (StackWalk, &str) = (StackWalk::RowsBounded, "stacks have at most 64 frames");
+    const POINTERS: (StackWalk, &str) =
+        (StackWalk::FramePointers, "stacks follow frame pointers only");
+    let (best, others): (StackWalk, &[(StackWalk, &str)]) = match config.stack {
+        StackMethod::Auto => (StackWalk::Rows, &[BOUNDED, POINTERS]),
+        StackMethod::Rows => (StackWalk::Rows, &[BOUNDED]),
         StackMethod::RowsBounded => (StackWalk::RowsBounded, &[]),
         StackMethod::FramePointers => (StackWalk::FramePointers, &[]),
     };
@@ -248,14 +251,9 @@ fn load(config: &Config) -> Result<(Kernel, Option<String>), SessionError> {
         Ok(kernel) => return Ok((kernel, None)),
         Err(error) => error,
     };
-    for &walk in others {
+    for &(walk, what) in others {
         settings.stack_walk = walk;
         if let Ok(kernel) = Kernel::load(&settings) {
-            let what = match walk {
-                StackWalk::Rows => "stacks are complete",
-                StackWalk::RowsBounded => "stacks have at most 64 frames",
-                StackWalk::FramePointers => "stacks follow frame pointers only",
-            };
             return Ok((kernel, Some(format!("{what}: {refusal}"))));
         }
     }
