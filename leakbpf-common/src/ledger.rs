@@ -56,7 +56,7 @@ pub enum NotPut {
 
 /// One allocator call that has begun and not returned.
 #[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct InFlight {
     /// At the function's entry, pointing to the return address.
     pub stack_pointer: u64,
@@ -70,7 +70,6 @@ pub struct InFlight {
     pub cookie: u64,
     /// Where it returns to; 0 when a return probe takes that place.
     pub return_address: u64,
-    pub owner: Owner,
     /// The block taken aside; meaningful when `aside` is 1.
     pub old: Block,
     pub aside: u64,
@@ -80,26 +79,26 @@ pub struct InFlight {
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ThreadState {
+    /// Whose memory the calls work on. A thread that gets other memory (`execve`) gets another state.
+    pub owner: Owner,
     /// How many of `calls` are in use.
     pub depth: u64,
     pub calls: [InFlight; MAX_IN_FLIGHT],
 }
 
-const _: () = assert!(size_of::<InFlight>() == 88);
-const _: () = assert!(size_of::<ThreadState>() == 8 + 88 * MAX_IN_FLIGHT);
+const _: () = assert!(size_of::<InFlight>() == 80);
+const _: () = assert!(size_of::<ThreadState>() == 16 + 80 * MAX_IN_FLIGHT);
 const _: () = assert!(MAX_IN_FLIGHT.is_power_of_two());
 
-/// An all-zero state is a thread with nothing in flight.
 impl Default for ThreadState {
     fn default() -> Self {
-        Self { depth: 0, calls: [InFlight::default(); MAX_IN_FLIGHT] }
+        Self::new(Owner::default())
     }
 }
 
 /// The operands of a call, as read at its site.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Call {
-    pub owner: Owner,
     pub cookie: Cookie,
     /// At the function's entry.
     pub stack_pointer: u64,
@@ -117,6 +116,21 @@ pub struct Birth {
 }
 
 impl ThreadState {
+    /// Nothing in flight.
+    pub const fn new(owner: Owner) -> Self {
+        const NONE: InFlight = InFlight {
+            stack_pointer: 0,
+            size_bytes: 0,
+            extra_bytes: 0,
+            pointer: 0,
+            cookie: 0,
+            return_address: 0,
+            old: Block { size_bytes: 0, born_ns: 0, stack: StackId(0) },
+            aside: 0,
+        };
+        Self { owner, depth: 0, calls: [NONE; MAX_IN_FLIGHT] }
+    }
+
     /// The slot of the innermost call, in a form that the BPF verifier can bound.
     #[inline(always)]
     fn innermost(&self) -> usize {
@@ -133,7 +147,7 @@ impl ThreadState {
         let mut turn = 0;
         while turn < MAX_IN_FLIGHT && self.depth != 0 {
             turn += 1;
-            let top = self.calls[self.innermost()];
+            let top = &self.calls[self.innermost()];
             if stack_pointer <= top.stack_pointer {
                 if top.stack_pointer - stack_pointer >= NESTING_BYTES {
                     return false;
@@ -141,7 +155,7 @@ impl ThreadState {
                 // Functions whose end is probed in place are never jumped to by one another: the
                 // same return address at the same place is the same caller, calling again.
                 let again = stack_pointer == top.stack_pointer && top.return_address != 0;
-                if !again && returns_to_probe(books, &top) {
+                if !again && returns_to_probe(books, top) {
                     return true;
                 }
             } else if stack_pointer - top.stack_pointer >= UNWOUND_BYTES {
@@ -156,9 +170,9 @@ impl ThreadState {
     /// program's.
     #[inline(always)]
     fn abandon(&mut self, books: &mut impl Books) {
-        let call = self.calls[self.innermost()];
+        let slot = self.innermost();
         self.depth -= 1;
-        put_back(books, &call);
+        put_back(books, self.owner, &self.calls[slot]);
         books.tally(Tally::AbandonedCalls);
     }
 
@@ -192,9 +206,9 @@ fn returns_to_probe(books: &mut impl Books, call: &InFlight) -> bool {
 }
 
 #[inline(always)]
-fn put_back(books: &mut impl Books, call: &InFlight) {
+fn put_back(books: &mut impl Books, owner: Owner, call: &InFlight) {
     if call.aside != 0 {
-        let key = BlockKey { owner: call.owner, address: call.pointer };
+        let key = BlockKey { owner, address: call.pointer };
         let loss = match books.put_new(&key, &call.old) {
             Ok(()) => return,
             // Another thread has released it while it was aside, and its address is in use again.
@@ -202,7 +216,7 @@ fn put_back(books: &mut impl Books, call: &InFlight) {
             Err(NotPut::Full) => Loss::BlocksFull,
         };
         books.lost(loss);
-        books.freed(call.owner, call.old.stack, call.old.size_bytes);
+        books.freed(owner, call.old.stack, call.old.size_bytes);
     }
 }
 
@@ -230,7 +244,7 @@ pub fn enter(thread: &mut ThreadState, books: &mut impl Books, call: &Call) {
     let mut aside = 0;
     let replaces = matches!(call.cookie.role, Role::Reallocate | Role::ResizeInPlace);
     if replaces && call.pointer != 0 && fits {
-        let key = BlockKey { owner: call.owner, address: call.pointer };
+        let key = BlockKey { owner: thread.owner, address: call.pointer };
         match books.take(&key) {
             Some(block) => {
                 old = block;
@@ -251,7 +265,6 @@ pub fn enter(thread: &mut ThreadState, books: &mut impl Books, call: &Call) {
     entry.pointer = call.pointer;
     entry.cookie = call.cookie.pack();
     entry.return_address = return_address;
-    entry.owner = call.owner;
     entry.old = old;
     entry.aside = aside;
 }
@@ -270,7 +283,7 @@ fn overflowing_product(first: u64, second: u64) -> (u64, bool) {
     (product, cross >> 32 == 0 && product >= low)
 }
 
-/// A call returns `result`; `stack_pointer` is that of its entry. The block that it made, if any,
+/// A call of a process that is now `owner` returns `result`; `stack_pointer` is that of its entry. The block that it made, if any,
 /// goes to [`born`] once its stack is known.
 #[inline(always)]
 pub fn leave(
@@ -280,13 +293,17 @@ pub fn leave(
     stack_pointer: u64,
     result: u64,
 ) -> Option<Birth> {
+    if thread.owner != owner {
+        return None;
+    }
     let mut turn = 0;
     while turn < MAX_IN_FLIGHT && thread.depth != 0 {
         turn += 1;
-        let call = thread.calls[thread.innermost()];
-        if call.stack_pointer == stack_pointer && call.owner == owner {
+        let slot = thread.innermost();
+        let call = &thread.calls[slot];
+        if call.stack_pointer == stack_pointer {
             thread.depth -= 1;
-            return settle(books, &call, result);
+            return settle(books, thread.owner, &thread.calls[slot], result);
         }
         // A call that is still running lies above; only what lies below was left behind.
         if call.stack_pointer > stack_pointer || stack_pointer - call.stack_pointer >= UNWOUND_BYTES
@@ -299,9 +316,9 @@ pub fn leave(
 }
 
 #[inline(always)]
-fn settle(books: &mut impl Books, call: &InFlight, result: u64) -> Option<Birth> {
+fn settle(books: &mut impl Books, owner: Owner, call: &InFlight, result: u64) -> Option<Birth> {
     let cookie = Cookie::unpack(call.cookie)?;
-    let birth = |address| Some(Birth { owner: call.owner, address, size_bytes: call.size_bytes });
+    let birth = |address| Some(Birth { owner, address, size_bytes: call.size_bytes });
     match cookie.role {
         Role::Allocate => {
             if result == 0 {
@@ -327,10 +344,10 @@ fn settle(books: &mut impl Books, call: &InFlight, result: u64) -> Option<Birth>
             let released = result != 0 || call.size_bytes == 0 || cookie.frees_on_failure;
             if released {
                 if call.aside != 0 {
-                    books.freed(call.owner, call.old.stack, call.old.size_bytes);
+                    books.freed(owner, call.old.stack, call.old.size_bytes);
                 }
             } else {
-                put_back(books, call);
+                put_back(books, owner, call);
             }
             if result == 0 { None } else { birth(result) }
         }
@@ -341,12 +358,12 @@ fn settle(books: &mut impl Books, call: &InFlight, result: u64) -> Option<Birth>
             if result >= call.size_bytes {
                 // The result counts the allocator's rounding, too.
                 let size_bytes = result.min(call.size_bytes.saturating_add(call.extra_bytes));
-                books.freed(call.owner, call.old.stack, call.old.size_bytes);
-                books.allocated(call.owner, call.old.stack, size_bytes);
+                books.freed(owner, call.old.stack, call.old.size_bytes);
+                books.allocated(owner, call.old.stack, size_bytes);
                 let resized = InFlight { old: Block { size_bytes, ..call.old }, ..*call };
-                put_back(books, &resized);
+                put_back(books, owner, &resized);
             } else {
-                put_back(books, call);
+                put_back(books, owner, call);
             }
             None
         }
@@ -374,9 +391,9 @@ pub fn born(books: &mut impl Books, birth: &Birth, stack: StackId, now_ns: u64) 
     books.allocated(birth.owner, stack, birth.size_bytes);
 }
 
-/// A block is about to be released. `thread` is absent when the thread never allocated.
+/// A block of `owner` is about to be released. `thread` is absent when the thread never allocated.
 #[inline(always)]
-pub fn free(thread: Option<&mut ThreadState>, books: &mut impl Books, call: &Call) {
+pub fn free(thread: Option<&mut ThreadState>, books: &mut impl Books, owner: Owner, call: &Call) {
     if call.pointer == 0 {
         return;
     }
@@ -386,9 +403,9 @@ pub fn free(thread: Option<&mut ThreadState>, books: &mut impl Books, call: &Cal
     {
         return;
     }
-    let key = BlockKey { owner: call.owner, address: call.pointer };
+    let key = BlockKey { owner, address: call.pointer };
     match books.take(&key) {
-        Some(block) => books.freed(call.owner, block.stack, block.size_bytes),
+        Some(block) => books.freed(owner, block.stack, block.size_bytes),
         None => books.tally(Tally::UnknownFrees),
     }
 }

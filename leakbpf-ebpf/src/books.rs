@@ -11,9 +11,28 @@ use leakbpf_common::{
     ledger::{Books, NotPut, Put},
 };
 
-use crate::maps::{self, BLOCKS, SITES};
+use crate::{
+    maps::{self, BLOCKS, SITES},
+    stack::Captured,
+};
 
-pub struct KernelBooks;
+pub struct KernelBooks {
+    /// The site that the next allocation is likely to be of.
+    site: Option<(StackId, *mut SiteCounters)>,
+}
+
+impl KernelBooks {
+    #[inline(always)]
+    pub const fn new() -> Self {
+        Self { site: None }
+    }
+
+    /// Spares the look-up of a site that the capture has just looked up.
+    #[inline(always)]
+    pub fn remember(&mut self, captured: &Captured) {
+        self.site = captured.site.map(|site| (captured.stack, site));
+    }
+}
 
 /// Adds to a counter that other CPUs add to as well.
 #[inline(always)]
@@ -70,12 +89,17 @@ impl Books for KernelBooks {
 
     #[inline(always)]
     fn allocated(&mut self, owner: Owner, stack: StackId, size_bytes: u64) {
-        let key = SiteKey { owner, stack };
-        let site = SITES.get_ptr_mut(key).or_else(|| {
-            // Only the site of a lost stack is not made by the capture.
-            let _ = SITES.insert(key, SiteCounters::default(), BPF_NOEXIST as u64);
-            SITES.get_ptr_mut(key)
-        });
+        let site = match self.site {
+            Some((known, site)) if known == stack => Some(site),
+            _ => {
+                let key = SiteKey { owner, stack };
+                SITES.get_ptr_mut(key).or_else(|| {
+                    // Only the site of a lost stack is not made by the capture.
+                    let _ = SITES.insert(key, SiteCounters::default(), BPF_NOEXIST as u64);
+                    SITES.get_ptr_mut(key)
+                })
+            }
+        };
         if let Some(site) = site {
             // SAFETY: field addresses of a live map value.
             unsafe {

@@ -37,6 +37,8 @@ pub struct Settings {
     /// Byte offsets of `pid` and `clone_flags` in the record of `task:task_newtask`.
     pub newtask_pid_offset: u32,
     pub newtask_flags_offset: u32,
+    /// Byte offset of `old_pid` in the record of `sched:sched_process_exec`.
+    pub exec_old_pid_offset: u32,
     pub return_instances: Option<ReturnInstances>,
 }
 
@@ -221,6 +223,7 @@ impl Kernel {
             .override_global("AGENT_TGID", &agent, true)
             .override_global("NEWTASK_PID_OFFSET", &settings.newtask_pid_offset, true)
             .override_global("NEWTASK_FLAGS_OFFSET", &settings.newtask_flags_offset, true)
+            .override_global("EXEC_OLD_PID_OFFSET", &settings.exec_old_pid_offset, true)
             .override_global("TASK_UTASK", &returns.utask, true)
             .override_global("UTASK_INSTANCES", &returns.first, true)
             .override_global("INSTANCE_STACK", &returns.stack, true)

@@ -41,6 +41,7 @@ pub fn place(pid: u32, naive: bool) -> Result<Floor, SessionError> {
         max_blocks: 1,
         newtask_pid_offset: 0,
         newtask_flags_offset: 0,
+        exec_old_pid_offset: 0,
         return_instances: None,
     })?;
     let maps = Maps::of(Pid(pid))?;

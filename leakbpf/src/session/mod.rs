@@ -261,26 +261,26 @@ fn load(config: &Config) -> Result<(Kernel, Option<String>), SessionError> {
 }
 
 fn settings(config: &Config) -> Result<Settings, SessionError> {
-    const NAME: &str = "task/task_newtask";
-    let failed = |reason: String| SessionError::Tracepoint { name: NAME, reason };
-    let bytes = tracefs::tracepoint_format(NAME).map_err(|error| failed(error.to_string()))?;
-    let format = preflight::tracepoint::TracepointFormat::parse(&bytes)
-        .map_err(|error| failed(error.to_string()))?;
-    let offset = |field| {
-        format
-            .field(field)
-            .map_err(|error| failed(error.to_string()))
-            .map(|field| field.offset_bytes)
-    };
     Ok(Settings {
         follow_forks: config.follow_forks,
         watch_all: matches!(config.target, Target::Running(Selector::All)),
         stack_walk: StackWalk::Rows,
         max_blocks: config.max_blocks,
-        newtask_pid_offset: offset("pid")?,
-        newtask_flags_offset: offset("clone_flags")?,
+        newtask_pid_offset: field_offset("task/task_newtask", "pid")?,
+        newtask_flags_offset: field_offset("task/task_newtask", "clone_flags")?,
+        exec_old_pid_offset: field_offset("sched/sched_process_exec", "old_pid")?,
         return_instances: host::kernel_types().as_deref().and_then(ReturnInstances::find),
     })
+}
+
+/// Where a field lies in a tracepoint's record, in bytes.
+fn field_offset(name: &'static str, field: &str) -> Result<u32, SessionError> {
+    let failed = |reason: String| SessionError::Tracepoint { name, reason };
+    let bytes = tracefs::tracepoint_format(name).map_err(|error| failed(error.to_string()))?;
+    let format = preflight::tracepoint::TracepointFormat::parse(&bytes)
+        .map_err(|error| failed(error.to_string()))?;
+    let field = format.field(field).map_err(|error| failed(error.to_string()))?;
+    Ok(field.offset_bytes)
 }
 
 fn announce(attached: &Attached, watch: &Watch, started: Instant) {
@@ -369,6 +369,13 @@ impl Session<'_> {
                     None => std::future::pending().await,
                 }
             };
+            let headless_due = self.watch.headless_due();
+            let headless = async {
+                match headless_due {
+                    Some(due) => tokio::time::sleep_until(due.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
                 biased;
                 signal = signals.next() => {
@@ -394,6 +401,7 @@ impl Session<'_> {
                     }
                     self.fold(fold::KEPT_WHOLE)?;
                 }
+                () = headless => self.watch.attend_headless(),
                 _ = interval.tick() => {
                     self.drain();
                     progress.clear();
@@ -544,6 +552,7 @@ impl Session<'_> {
         add("stacks_lost", census.stacks_missing);
         add("mappings_unmatched", watch.mapping_losses);
         add("children_seen_late", watch.children_seen_late);
+        add("probes_moved", watch.probes_moved);
         add("spaces_full", watch.unwinding.spaces_full);
         add("unwind_tables_full", watch.unwinding.tables_full + watch.kernel.unwind.failed());
         Ok(Profile {

@@ -238,7 +238,7 @@ impl Sites {
                 entry.map_err(|source| KernelError::Map { map: "THREADS", source })?;
             let depth = (thread.depth as usize).min(thread.calls.len());
             for call in thread.calls.iter().take(depth).filter(|call| call.aside != 0) {
-                if let Some(&process) = by_owner.get(&call.owner) {
+                if let Some(&process) = by_owner.get(&thread.owner) {
                     few.push(Block {
                         process,
                         site: self.of(lives, process, call.old.stack, SiteKind::Heap).0,
