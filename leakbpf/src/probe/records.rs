@@ -2,7 +2,7 @@
 
 use leakbpf_common::abi::{
     ExecRecord, ForkRecord, INTERRUPTED, LibrariesRecord, MAX_FRAMES, MappingRecord, Outcome,
-    Owner, RecordHead, RecordKind, StackId, StackRecord, UnmappedRecord,
+    Owner, PageRecord, RecordHead, RecordKind, StackId, StackRecord, UnmappedRecord,
 };
 
 /// A stack whose site is new.
@@ -31,6 +31,8 @@ pub enum Record {
     Seen(LibrariesRecord),
     /// A process has code that the kernel side does not know.
     Unmapped(UnmappedRecord),
+    /// A chosen page was touched.
+    Page(PageRecord),
 }
 
 /// Words of a record, in order.
@@ -71,6 +73,7 @@ impl Record {
         const LIBRARIES: u32 = RecordKind::Libraries as u32;
         const SEEN: u32 = RecordKind::Seen as u32;
         const UNMAPPED: u32 = RecordKind::Unmapped as u32;
+        const PAGE: u32 = RecordKind::Page as u32;
         Some(match head.kind {
             STACK => {
                 let stack = StackId(words.u64()?);
@@ -121,6 +124,9 @@ impl Record {
                 pad: words.u32()?,
                 address: words.u64()?,
             }),
+            PAGE => {
+                Self::Page(PageRecord { head, address: words.u64()?, stack: StackId(words.u64()?) })
+            }
             _ => return None,
         })
     }

@@ -335,7 +335,7 @@ fn any_site(
                 frames: frames.into(),
             };
             for (size_bytes, age_ns) in &blocks {
-                site.count_live(*size_bytes, *age_ns);
+                site.count_live(*size_bytes, *age_ns, 1);
             }
             let live = site.counters;
             site.counters = counters(

@@ -142,7 +142,7 @@ proptest! {
         }
 
         let table = text(Format::Text, &profile, &options);
-        let total = format!("{} bytes in {}", units::exact(live_bytes), units::blocks(profile.totals().live_count));
+        let total = format!("{} bytes in {}", units::exact(live_bytes), units::count(profile.totals().live_count, "block"));
         prop_assert!(table.contains(&total));
     }
 

@@ -40,7 +40,7 @@ use self::{
 use crate::{
     preflight::{self, kernel_version::KernelVersion},
     probe::{
-        kernel::{Kernel, KernelError, MappingEvents, ReturnInstances, Settings},
+        kernel::{Kernel, KernelError, MappingEvents, PageChoice, ReturnInstances, Settings},
         planner,
         records::Record,
     },
@@ -92,6 +92,10 @@ impl SessionError {
     }
 }
 
+/// A touched page is looked at so soon that it is as it was mapped: the kernel puts pages together
+/// to huge ones later.
+const LOOK_AT_FRESH_PAGES: Duration = Duration::from_millis(250);
+
 /// More processes than these are announced in one line.
 const ANNOUNCED_ONE_BY_ONE: usize = 8;
 
@@ -113,12 +117,23 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
 
     let (mut kernel, lesser_stacks) = load(config)?;
     kernel.attach_process_events()?;
-    let mapping_events = kernel.attach_mapping_events();
+    let mapping_events = match config.mode {
+        Mode::Exact => Some(kernel.attach_mapping_events()),
+        Mode::Pages { .. } => {
+            kernel.attach_page_faults(&host::online_cpus())?;
+            None
+        }
+    };
     let records = kernel.take_records()?;
     let (exits, mut exited) = mpsc::unbounded_channel();
     let system_wide = matches!(config.target, Target::Running(Selector::All));
     let plans = Plans::new(planner);
-    let mut watch = Watch::new(kernel, plans, system_wide, mapping_events.is_ok(), exits);
+    let mappings = matches!(mapping_events, Some(Ok(_)));
+    let max_pages = match config.mode {
+        Mode::Exact => None,
+        Mode::Pages { .. } => Some(config.max_blocks as usize),
+    };
+    let mut watch = Watch::new(kernel, plans, system_wide, mappings, max_pages, exits);
     if config.cache {
         watch.modules.use_cache();
     }
@@ -127,14 +142,14 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
         watch.note(None, reason);
     }
     match mapping_events {
-        Ok(MappingEvents::Functions) => {}
-        Ok(MappingEvents::Tracepoints) => watch.note(
+        None | Some(Ok(MappingEvents::Functions)) => {}
+        Some(Ok(MappingEvents::Tracepoints)) => watch.note(
             None,
             "mappings are seen through system call tracepoints, which slow every system call of \
              the machine down a little: the kernel refuses programs on its functions (fentry)"
                 .to_owned(),
         ),
-        Err(error) => {
+        Some(Err(error)) => {
             eprintln!("leakbpf: mmap, munmap, mremap and brk are not counted: {error}");
             watch.note(None, format!("anonymous mappings are not counted: {error}"));
         }
@@ -161,7 +176,7 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
                     started.elapsed().as_millis()
                 );
             } else {
-                placed.iter().for_each(|attached| announce(attached, &watch, started));
+                placed.iter().for_each(|attached| announce(attached, &watch, config, started));
             }
         }
         Target::Program { program: name, arguments } => {
@@ -177,7 +192,7 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
                 Ok(attached)
             };
             let (launched, attached) = launch(name, arguments, ready)?;
-            announce(&attached, &watch, started);
+            announce(&attached, &watch, config, started);
             program = Some(launched);
         }
     }
@@ -280,23 +295,37 @@ fn settings(config: &Config) -> Result<Settings, SessionError> {
         newtask_pid_offset: offset("pid")?,
         newtask_flags_offset: offset("clone_flags")?,
         return_instances: host::kernel_types().as_deref().and_then(ReturnInstances::find),
+        pages: match config.mode {
+            Mode::Exact => None,
+            Mode::Pages { one_in } => Some(PageChoice { interval: one_in, seed: seed() }),
+        },
     })
 }
 
-fn announce(attached: &Attached, watch: &Watch, started: Instant) {
+/// Differs from session to session.
+fn seed() -> u32 {
+    use std::hash::{BuildHasher as _, RandomState};
+    RandomState::new().hash_one(monotonic_ns()) as u32
+}
+
+fn announce(attached: &Attached, watch: &Watch, config: &Config, started: Instant) {
     let comm = watch
         .lives
         .iter()
         .find(|life| life.pid() == attached.pid)
         .map_or("", |life| life.process.comm.as_str());
+    let what = match config.mode {
+        Mode::Exact => format!("{} functions", attached.functions),
+        Mode::Pages { one_in: 1 } => "every page".to_owned(),
+        Mode::Pages { one_in } => format!("1 in {one_in} pages"),
+    };
     eprintln!(
-        "leakbpf: attached to PID {} ({}): {} functions in {} ms",
+        "leakbpf: attached to PID {} ({}): {what} in {} ms",
         attached.pid,
         report::printable(comm),
-        attached.functions,
         started.elapsed().as_millis()
     );
-    if attached.functions == 0 && watch.probes() == 0 {
+    if config.mode == Mode::Exact && attached.functions == 0 && watch.probes() == 0 {
         let looked_at: Vec<String> = attached
             .looked_at
             .iter()
@@ -306,10 +335,11 @@ fn announce(attached: &Attached, watch: &Watch, started: Instant) {
             })
             .collect();
         eprintln!(
-            "leakbpf: no allocator function was found in {}: only mappings are counted; debug \
-             symbols of a stripped static program would help (`leakbpf doctor -p {}`)",
+            "leakbpf: no allocator function was found in {1}: only mappings are counted; debug \
+             symbols of a stripped static program would help (`leakbpf doctor -p {0}`), and `leakbpf \
+             record --mode pages -p {0}` shows what it holds without them",
+            attached.pid,
             report::printable(&looked_at.join(", ")),
-            attached.pid
         );
     }
 }
@@ -361,6 +391,7 @@ impl Session<'_> {
         interval.tick().await;
         let mut progress_tick = tokio::time::interval(Duration::from_secs(1));
         let mut progress = Progress::new();
+        let mut look = tokio::time::interval(LOOK_AT_FRESH_PAGES);
         let deadline = self.config.duration.map(|duration| tokio::time::Instant::now() + duration);
         loop {
             let deadline_reached = async {
@@ -400,6 +431,10 @@ impl Session<'_> {
                     if self.interval(output)?.is_break() {
                         break;
                     }
+                }
+                _ = look.tick(), if self.config.mode.estimates() => {
+                    self.drain();
+                    self.watch.look_at_pages(false);
                 }
                 _ = progress_tick.tick(), if progress.shown() => {
                     let counts = self.watch.kernel.counts()?;
@@ -443,6 +478,10 @@ impl Session<'_> {
 
     fn live_bytes(&self) -> Result<u64, SessionError> {
         let mut live = 0u64;
+        let one_in = u64::from(self.config.mode.one_in());
+        for page in self.watch.lives.iter().flat_map(|life| life.pages.live()) {
+            live = live.saturating_add(page.length_bytes.saturating_mul(one_in));
+        }
         for entry in self.watch.kernel.sites.walk() {
             let (_, site) = entry.map_err(|source| KernelError::Map { map: "SITES", source })?;
             live = live.saturating_add(site.allocated_bytes.saturating_sub(site.freed_bytes));
@@ -464,6 +503,7 @@ impl Session<'_> {
     }
 
     fn interval(&mut self, output: &mut OutputFile) -> Result<ControlFlow<()>, SessionError> {
+        self.watch.look_at_pages(true);
         let counts = self.watch.kernel.counts()?;
         if counts.losses.first().is_some_and(|&blocks_full| blocks_full > 0) {
             self.fold(0)?;
@@ -508,6 +548,7 @@ impl Session<'_> {
         let watch = &mut self.watch;
         watch.listed = watch.lives.len();
         let mut census = self.sites.census(
+            self.config.mode.one_in(),
             &watch.kernel,
             &watch.lives,
             &watch.by_owner,
@@ -541,13 +582,14 @@ impl Session<'_> {
             add("ranges_full", loss.ranges_full);
         }
         add("ranges_full", 0);
+        add("blocks_full", watch.pages_full);
         add("stacks_lost", census.stacks_missing);
         add("mappings_unmatched", watch.mapping_losses);
         add("children_seen_late", watch.children_seen_late);
         add("spaces_full", watch.unwinding.spaces_full);
         add("unwind_tables_full", watch.unwinding.tables_full + watch.kernel.unwind.failed());
         Ok(Profile {
-            mode: Mode::Exact,
+            mode: self.config.mode,
             started_unix_ns: self.started_unix_ns,
             duration_ns: now_ns.saturating_sub(self.began_ns),
             kernel: self.kernel_release.clone(),
@@ -567,7 +609,9 @@ impl Session<'_> {
         self.watch.kernel.enable(false)?;
         let now_ns = monotonic_ns();
         self.watch.detach();
+        self.watch.kernel.detach_page_faults();
         self.drain();
+        self.watch.look_at_pages(true);
         let mut profile = self.profile(true, now_ns)?;
         let filter = self.config.filter;
         let outstanding = self.sites.outstanding(
@@ -669,7 +713,7 @@ impl OutputFile {
             None => OutputKind::None,
             Some(Output::Recording(path)) => {
                 let facts = SessionFacts {
-                    mode: Mode::Exact,
+                    mode: config.mode,
                     started_unix_ns: unix_ns(),
                     kernel: host.kernel_release.clone(),
                     hostname: hostname(),
