@@ -160,6 +160,11 @@ pub mod settings {
     #[unsafe(no_mangle)]
     pub static PAGE_LIMIT: u32 = 0;
 
+    /// `BPF_RB_*`, with events of processes: the agent has to be woken explicitly where there may be
+    /// unread records that it was not woken for.
+    #[unsafe(no_mangle)]
+    pub static EVENT_FLAGS: u32 = 0;
+
     /// Reads a setting; volatile, because the agent changes what the compiler sees as a constant.
     #[inline(always)]
     pub fn get(setting: &'static u32) -> u32 {

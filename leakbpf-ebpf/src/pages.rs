@@ -1,20 +1,26 @@
 //! Pages, seen when a fault is about to bring them: the memory of any program, whatever hands it out.
 
 use aya_ebpf::{
-    EbpfContext as _, bindings::bpf_perf_event_data, helpers::bpf_get_current_pid_tgid,
-    macros::perf_event, programs::PerfEventContext,
+    EbpfContext as _,
+    bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, bpf_perf_event_data},
+    helpers::bpf_get_current_pid_tgid,
+    macros::perf_event,
+    programs::PerfEventContext,
 };
 use leakbpf_common::{
-    abi::{PageRecord, RecordKind, Tally},
+    abi::{Loss, PageRecord, RecordKind, Tally},
     pages,
     unwind::Registers,
 };
 
 use crate::{
     mappings,
-    maps::{self, settings},
+    maps::{self, RECORDS, settings},
     processes, stack,
 };
+
+/// In the ring buffer, of which it is a quarter, from which on the agent is woken.
+const UNREAD_MAX_BYTES: u64 = 1 << 20;
 
 /// Every page fault of the CPU, before it is served. Most end at the choice, which comes first.
 #[perf_event]
@@ -38,11 +44,16 @@ fn touched(ctx: &PerfEventContext) -> Option<()> {
     maps::tally(Tally::Hits);
     let registers = user_registers(event)?;
     let stack = stack::capture(process.owner, process.library_epoch, &registers);
-    processes::send(&PageRecord {
-        head: processes::head(RecordKind::Page, process.owner),
-        address,
-        stack,
-    });
+    let record =
+        PageRecord { head: processes::head(RecordKind::Page, process.owner), address, stack };
+    // The agent comes for them by itself, a few times a second: waking it for each would cost more
+    // than all the rest.
+    let waiting_bytes = RECORDS.query(BPF_RB_AVAIL_DATA.into());
+    let flags =
+        if waiting_bytes < UNREAD_MAX_BYTES { BPF_RB_NO_WAKEUP } else { BPF_RB_FORCE_WAKEUP };
+    if RECORDS.output::<PageRecord>(&record, flags.into()).is_err() {
+        maps::lost(Loss::EventsDropped);
+    }
     Some(())
 }
 

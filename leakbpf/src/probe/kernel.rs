@@ -159,6 +159,9 @@ const PROCESS_TRACEPOINTS: [(&str, &str); 3] = [
     ("task_new", "task/task_newtask"),
 ];
 
+/// include/uapi/linux/bpf.h
+const BPF_RB_FORCE_WAKEUP: u32 = 2;
+
 const PAGE_FAULT: &str = "page_fault";
 
 /// How anonymous mappings are seen.
@@ -228,6 +231,7 @@ impl Kernel {
         let returns = settings.return_instances.unwrap_or(ReturnInstances::UNKNOWN);
         let choice = settings.pages.unwrap_or(PageChoice { interval: 1, seed: 0 });
         let page_limit = pages::limit(choice.interval);
+        let event_flags = if settings.pages.is_some() { BPF_RB_FORCE_WAKEUP } else { 0 };
         let mut loader = EbpfLoader::new();
         loader
             .btf(None)
@@ -245,6 +249,7 @@ impl Kernel {
             .override_global("INSTANCE_NEXT", &returns.next, true)
             .override_global("PAGE_SEED", &choice.seed, true)
             .override_global("PAGE_LIMIT", &page_limit, true)
+            .override_global("EVENT_FLAGS", &event_flags, true)
             .map_max_entries("BLOCKS", settings.max_blocks);
         let mut ebpf = loader.load(OBJECT).map_err(load_error)?;
         let counts = PerCpuArray::try_from(take_map(&mut ebpf, "COUNTS")?).map_err(load_error)?;
