@@ -10,7 +10,7 @@ use std::{
     os::{fd::AsRawFd as _, unix::fs::FileExt as _},
 };
 
-use super::{Pid, ProcessError, classify};
+use super::{Pid, ProcessError, classify, status::memory_owner};
 use crate::ledger::pages::{Found, Run};
 use leakbpf_common::pages::PAGE_BYTES;
 
@@ -90,7 +90,7 @@ pub enum PagemapError {
 
 impl Pagemap {
     pub fn open(pid: Pid) -> Result<Self, ProcessError> {
-        let path = pid.proc_path("pagemap");
+        let path = memory_owner(pid).proc_path("pagemap");
         match File::open(&path) {
             Ok(file) => Ok(Self { file, flags: None }),
             Err(error) => Err(classify(pid, path, error)),
@@ -110,6 +110,9 @@ impl Pagemap {
                         Err(_) => Flags::Unreadable,
                     });
                     self.read(pages.clone())?
+                }
+                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {
+                    return Err(PagemapError::Gone);
                 }
                 Err(error) => return Err(error.into()),
             },

@@ -105,10 +105,14 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
     // One for each probe, each module and each process.
     let descriptors = limits::raise_open_files();
     let host = host::observe();
-    preflight::Report { checks: preflight::host::judge(&host) }.refuse_failures()?;
+    let checks = match config.mode {
+        Mode::Exact => preflight::host::judge(&host),
+        Mode::Pages { .. } => preflight::host::judge_for_pages(&host),
+    };
+    preflight::Report { checks }.refuse_failures()?;
     let planner = planner_kernel(&host);
     let pids = match &config.target {
-        Target::Running(selector) => admit(select(selector)?, selector, &host)?,
+        Target::Running(selector) => admit(select(selector)?, selector, &host, config.mode)?,
         Target::Program { .. } => Vec::new(),
     };
     // From here on a signal ends the session in an orderly way.
@@ -182,7 +186,8 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
         Target::Program { program: name, arguments } => {
             let ready = |pid: Pid| -> Result<Attached, String> {
                 let selector = Selector::Pids(vec![pid]);
-                admit(vec![pid], &selector, &host).map_err(|error| error.to_string())?;
+                admit(vec![pid], &selector, &host, config.mode)
+                    .map_err(|error| error.to_string())?;
                 // The larger limit is the agent's alone.
                 if let Some(before) = descriptors {
                     limits::restore(pid, before);
@@ -222,12 +227,16 @@ fn admit(
     pids: Vec<Pid>,
     selector: &Selector,
     host: &preflight::host::HostFacts,
+    mode: Mode,
 ) -> Result<Vec<Pid>, SessionError> {
     let mut admitted = Vec::new();
     let mut refused = None;
     for pid in pids {
         let checks = match target::observe(pid, false) {
-            Ok(facts) => preflight::target::judge(&facts, host),
+            Ok(facts) => match mode {
+                Mode::Exact => preflight::target::judge(&facts, host),
+                Mode::Pages { .. } => preflight::target::judge_for_pages(&facts),
+            },
             Err(error) if matches!(selector, Selector::Pids(_)) => return Err(error.into()),
             Err(_) => continue,
         };
@@ -503,6 +512,7 @@ impl Session<'_> {
     }
 
     fn interval(&mut self, output: &mut OutputFile) -> Result<ControlFlow<()>, SessionError> {
+        self.watch.look_for_code();
         self.watch.look_at_pages(true);
         let counts = self.watch.kernel.counts()?;
         if counts.losses.first().is_some_and(|&blocks_full| blocks_full > 0) {

@@ -466,6 +466,23 @@ impl Watch {
         }
     }
 
+    /// Nothing tells of libraries where nothing is probed: looks for those that came or went.
+    pub fn look_for_code(&mut self) {
+        if self.max_pages.is_none() {
+            return;
+        }
+        for life in self.lives.iter_mut().filter(|life| !life.ended()) {
+            let maps = maps_of(&self.kernel, life.owner);
+            let known = life.space.maps();
+            if !maps.is_empty() && known.is_none_or(|known| !known.same_code(&maps)) {
+                // What is at an address from now on is all that counts.
+                life.space = Space::new(life.space.epoch().unwrap_or(0), maps);
+                self.changed.insert(life.owner);
+            }
+        }
+        self.take_in_mappings();
+    }
+
     /// Stacks lead to code that the kernel side does not know: made at run time, mapped without
     /// the dynamic loader, or not code at all.
     fn unmapped(&mut self, unmapped: &UnmappedRecord) {
