@@ -358,6 +358,7 @@ pub enum RecordKind {
     Seen = 6,
     Unmapped = 7,
     FirstThreadEnded = 8,
+    Page = 9,
 }
 
 /// Head of every ring buffer record.
@@ -469,6 +470,16 @@ pub struct UnmappedRecord {
     pub address: u64,
 }
 
+/// A chosen page was touched: the fault is about to be served.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PageRecord {
+    pub head: RecordHead,
+    /// Of the access, not of its page.
+    pub address: u64,
+    pub stack: StackId,
+}
+
 pub const UNMAPPED_INTERVAL_NS: u64 = 20_000_000;
 
 const _: () = {
@@ -485,6 +496,7 @@ const _: () = {
     assert!(size_of::<ExecRecord>() == 40);
     assert!(size_of::<LibrariesRecord>() == 32);
     assert!(size_of::<UnmappedRecord>() == 40);
+    assert!(size_of::<PageRecord>() == 40);
 };
 
 #[cfg(test)]

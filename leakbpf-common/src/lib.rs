@@ -6,5 +6,6 @@
 
 pub mod abi;
 pub mod ledger;
+pub mod pages;
 pub mod table;
 pub mod unwind;

@@ -2,6 +2,7 @@
 //!
 //! - [`alloc`]: uprobes on allocator functions
 //! - [`mappings`]: anonymous mappings, from the system calls themselves
+//! - [`pages`]: pages, when they are touched first
 //! - [`processes`]: fork, exec and the end of threads
 //! - [`stack`]: who called
 //! - [`books`]: the accounting rules of `leakbpf_common::ledger` over BPF maps
@@ -14,6 +15,7 @@ mod alloc;
 mod books;
 mod mappings;
 mod maps;
+mod pages;
 mod processes;
 mod stack;
 

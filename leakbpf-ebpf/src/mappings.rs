@@ -35,13 +35,13 @@ fn interested() -> Option<(u64, ProcessState)> {
 
 /// The user's registers at the system call.
 #[inline(always)]
-fn user_registers(regs: *const pt_regs) -> Option<pt_regs> {
+pub fn user_registers(regs: *const pt_regs) -> Option<pt_regs> {
     // SAFETY: the helper checks the address.
     unsafe { bpf_probe_read_kernel(regs) }.ok()
 }
 
 #[inline(always)]
-fn registers(regs: &pt_regs) -> Registers {
+pub fn registers(regs: &pt_regs) -> Registers {
     Registers { ip: regs.rip, sp: regs.rsp, bp: regs.rbp, after_call: 0 }
 }
 
@@ -131,7 +131,7 @@ pub fn brk_fexit(ctx: FExitContext) -> i32 {
 /// The current thread's user registers. The system call's arguments are still in them at its
 /// end; its result is, too (`arch/x86/entry/syscall_64.c`, `do_syscall_64`).
 #[inline(always)]
-fn current_registers() -> *const pt_regs {
+pub fn current_registers() -> *const pt_regs {
     // SAFETY: the helpers have no preconditions.
     unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) as *const pt_regs }
 }

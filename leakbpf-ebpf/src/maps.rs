@@ -157,6 +157,18 @@ pub mod settings {
     #[unsafe(no_mangle)]
     pub static INSTANCE_NEXT: u32 = 0;
 
+    /// Differs from session to session, so that no program can be written against the choice of pages.
+    #[unsafe(no_mangle)]
+    pub static PAGE_SEED: u32 = 0;
+    /// [`limit`](leakbpf_common::pages::limit) of the pages that are looked at.
+    #[unsafe(no_mangle)]
+    pub static PAGE_LIMIT: u32 = 0;
+
+    /// `BPF_RB_*`, with events of processes: the agent has to be woken explicitly where there may be
+    /// unread records that it was not woken for.
+    #[unsafe(no_mangle)]
+    pub static EVENT_FLAGS: u32 = 0;
+
     /// Reads a setting; volatile, because the agent changes what the compiler sees as a constant.
     #[inline(always)]
     pub fn get(setting: &'static u32) -> u32 {

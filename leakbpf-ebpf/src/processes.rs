@@ -43,7 +43,7 @@ pub fn head(kind: RecordKind, owner: Owner) -> RecordHead {
 
 #[inline(always)]
 pub fn send<T: 'static>(record: &T) {
-    if RECORDS.output::<T>(record, 0).is_err() {
+    if RECORDS.output::<T>(record, settings::get(&settings::EVENT_FLAGS).into()).is_err() {
         maps::lost(Loss::EventsDropped);
     }
 }

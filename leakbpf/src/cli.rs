@@ -56,6 +56,9 @@ pub struct RecordArgs {
     /// How to count
     #[arg(long, value_enum, default_value_t = ModeArg::Exact)]
     pub mode: ModeArg,
+    /// Of the mode `pages`: look at one page in so many
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    pub page_interval: u32,
     /// Stop after this time (30s, 5m, 1h)
     #[arg(short = 'd', long, value_name = "TIME", value_parser = time)]
     pub duration: Option<Duration>,
@@ -83,7 +86,8 @@ pub struct RecordArgs {
     /// Do not follow children made by fork
     #[arg(long)]
     pub no_follow: bool,
-    /// Most outstanding blocks to keep; kernel memory is about 100 bytes a block
+    /// Most outstanding blocks to keep, at about 100 bytes of kernel memory each, or, in the mode
+    /// `pages`, pages, at about 60 bytes
     #[arg(long, value_name = "N", default_value_t = 1 << 21, value_parser = clap::value_parser!(u32).range(1..=1 << 28))]
     pub max_blocks: u32,
     /// How to walk stacks
@@ -153,6 +157,9 @@ pub struct BenchFloorArgs {
 pub enum ModeArg {
     /// Every block
     Exact,
+    /// Resident memory by the code that touched it first, from one page in some: any language and
+    /// allocator, at next to no cost
+    Pages,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -6,6 +6,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use estimate::Interval;
+
+pub mod estimate;
 #[cfg(test)]
 pub(crate) mod samples;
 
@@ -14,16 +17,47 @@ pub(crate) mod samples;
 pub enum Mode {
     /// Every block is counted.
     Exact,
+    /// Resident memory by who touched it first, from one page in `one_in`.
+    Pages { one_in: u32 },
 }
 
 impl Mode {
-    pub const ALL: [Self; 1] = [Self::Exact];
-
     /// As recordings and reports write it.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Exact => "exact",
+            Self::Pages { .. } => "pages",
         }
+    }
+
+    /// How many things one that was seen stands for.
+    pub const fn one_in(self) -> u32 {
+        match self {
+            Self::Exact => 1,
+            Self::Pages { one_in } => one_in,
+        }
+    }
+
+    /// From [`Self::name`] and [`Self::one_in`].
+    pub fn from_name(name: &str, one_in: Option<u32>) -> Option<Self> {
+        match (name, one_in) {
+            ("exact", _) => Some(Self::Exact),
+            ("pages", Some(one_in)) if one_in > 0 => Some(Self::Pages { one_in }),
+            _ => None,
+        }
+    }
+
+    /// What is counted.
+    pub const fn noun(self) -> &'static str {
+        match self {
+            Self::Exact => "block",
+            Self::Pages { .. } => "page",
+        }
+    }
+
+    /// Whether the numbers are estimates.
+    pub const fn estimates(self) -> bool {
+        matches!(self, Self::Pages { .. })
     }
 }
 
@@ -39,11 +73,13 @@ pub enum SiteKind {
     /// Anonymous memory that an allocator fetched from the kernel to serve [`SiteKind::Heap`].
     /// Never added to the totals: its use is already counted there, block by block.
     AllocatorMapping,
+    /// Pages that were touched and are resident, whatever they were asked for as.
+    Resident,
 }
 
 impl SiteKind {
-    pub const ALL: [Self; 4] =
-        [Self::Heap, Self::Mapping, Self::ThreadStack, Self::AllocatorMapping];
+    pub const ALL: [Self; 5] =
+        [Self::Heap, Self::Mapping, Self::ThreadStack, Self::AllocatorMapping, Self::Resident];
 
     /// As recordings and reports write it.
     pub const fn name(self) -> &'static str {
@@ -52,6 +88,7 @@ impl SiteKind {
             Self::Mapping => "mapping",
             Self::ThreadStack => "thread_stack",
             Self::AllocatorMapping => "allocator_mapping",
+            Self::Resident => "resident",
         }
     }
 
@@ -218,6 +255,19 @@ impl Counters {
         self.freed_bytes = self.freed_bytes.saturating_add(other.freed_bytes);
         self.freed_count = self.freed_count.saturating_add(other.freed_count);
     }
+
+    /// What so many of these hold.
+    pub fn times(&self, factor: u32) -> Self {
+        let factor = u64::from(factor);
+        Self {
+            live_bytes: self.live_bytes.saturating_mul(factor),
+            live_count: self.live_count.saturating_mul(factor),
+            allocated_bytes: self.allocated_bytes.saturating_mul(factor),
+            allocated_count: self.allocated_count.saturating_mul(factor),
+            freed_bytes: self.freed_bytes.saturating_mul(factor),
+            freed_count: self.freed_count.saturating_mul(factor),
+        }
+    }
 }
 
 /// One stack of one process, with what it holds.
@@ -317,6 +367,14 @@ impl Profile {
         stacks
     }
 
+    /// Where the live memory of which `counters` tells really lies; `None` when it is known.
+    pub fn interval(&self, counters: &Counters) -> Option<Interval> {
+        match self.mode {
+            Mode::Exact => None,
+            Mode::Pages { one_in } => Some(Interval::of_pages(counters, one_in)),
+        }
+    }
+
     fn sum(&self, wanted: impl Fn(SiteKind) -> bool) -> Counters {
         let mut sum = Counters::default();
         for site in self.sites.iter().filter(|site| wanted(site.kind)) {
@@ -339,11 +397,12 @@ impl Profile {
         for site in &mut self.sites {
             site.clear_live();
         }
+        let one_in = self.mode.one_in();
         for block in blocks {
             if filter.keeps(block.size_bytes, block.age_ns)
                 && let Some(site) = self.sites.get_mut(block.site.0)
             {
-                site.count_live(block.size_bytes, block.age_ns);
+                site.count_live(block.size_bytes, block.age_ns, one_in);
             }
         }
     }
@@ -358,10 +417,12 @@ impl Site {
         self.youngest_age_ns = None;
     }
 
-    /// Counts one more live block.
-    pub fn count_live(&mut self, size_bytes: u64, age_ns: u64) {
-        self.counters.live_bytes = self.counters.live_bytes.saturating_add(size_bytes);
-        self.counters.live_count = self.counters.live_count.saturating_add(1);
+    /// Counts one more live block, which stands for `one_in`.
+    pub fn count_live(&mut self, size_bytes: u64, age_ns: u64, one_in: u32) {
+        let one_in = u64::from(one_in);
+        let counters = &mut self.counters;
+        counters.live_bytes = counters.live_bytes.saturating_add(size_bytes.saturating_mul(one_in));
+        counters.live_count = counters.live_count.saturating_add(one_in);
         self.oldest_age_ns = Some(self.oldest_age_ns.map_or(age_ns, |age| age.max(age_ns)));
         self.youngest_age_ns = Some(self.youngest_age_ns.map_or(age_ns, |age| age.min(age_ns)));
     }

@@ -4,7 +4,7 @@ use std::{hint::black_box, io::Write as _, time::Duration};
 
 use anyhow::Context as _;
 use leakbpf::{
-    profile::BlockFilter,
+    profile::{BlockFilter, Mode},
     report::Sort,
     session::config::{Config, StackMethod, Target},
 };
@@ -27,6 +27,7 @@ pub fn run() -> Result<u8, Failure> {
             program: program.into_os_string(),
             arguments: vec!["demo-target".into()],
         },
+        mode: Mode::Exact,
         duration: None,
         output: None,
         filter: BlockFilter::default(),

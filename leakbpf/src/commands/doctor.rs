@@ -25,6 +25,8 @@ struct Diagnosis {
     #[serde(skip_serializing_if = "Option::is_none")]
     target: Option<Report>,
     files: Vec<File>,
+    #[serde(skip)]
+    pid: Option<u32>,
 }
 
 #[derive(Serialize)]
@@ -61,6 +63,7 @@ pub fn run(args: &DoctorArgs) -> Result<u8, Failure> {
         host: Report { checks: host::judge(&facts) },
         target: None,
         files: Vec::new(),
+        pid: args.pid,
     };
     if let Some(pid) = args.pid {
         let pid = Pid(pid);
@@ -177,8 +180,10 @@ fn text(diagnosis: &Diagnosis) -> String {
         let paths: Vec<&str> = diagnosis.files.iter().map(|file| file.path.as_str()).collect();
         text.push_str(&format!(
             "\nNo allocator function was found in {}. Only mappings would be counted; for a \
-             stripped static program, install its debug symbols.\n",
-            printable(&paths.join(", "))
+             stripped static program, install its debug symbols. `leakbpf record --mode pages -p {}` \
+             shows what it holds whatever hands it out.\n",
+            printable(&paths.join(", ")),
+            diagnosis.pid.unwrap_or_default(),
         ));
     }
     text

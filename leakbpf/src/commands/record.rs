@@ -3,7 +3,7 @@
 use anyhow::{Context as _, bail};
 use leakbpf::{
     process::{Pid, select::Selector},
-    profile::BlockFilter,
+    profile::{BlockFilter, Mode},
     report::Format,
     session::{
         self,
@@ -30,12 +30,16 @@ pub fn run_session(config: &Config) -> Result<u8, Failure> {
 }
 
 fn config(args: RecordArgs) -> anyhow::Result<Config> {
-    let ModeArg::Exact = args.mode;
+    let mode = match args.mode {
+        ModeArg::Exact => Mode::Exact,
+        ModeArg::Pages => Mode::Pages { one_in: args.page_interval },
+    };
     let output = args.output.map(|path| match Format::from_path(&path) {
         Some(format) => Output::Report(format, path),
         None => Output::Recording(path),
     });
     Ok(Config {
+        mode,
         target: target(args.pids, args.name, args.cgroup, args.all, args.command)?,
         duration: args.duration,
         output,

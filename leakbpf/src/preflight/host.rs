@@ -12,6 +12,10 @@ use super::{Check, Verdict};
 /// 7adfc6c9b315, v5.15).
 pub const OLDEST_KERNEL: KernelVersion = KernelVersion::new(5, 15, 0);
 
+/// The oldest release whose page fault programs can use maps that take their memory as they need it
+/// (96da3f7d489d, v6.1).
+const OLDEST_KERNEL_FOR_PAGES: KernelVersion = KernelVersion::new(6, 1, 0);
+
 /// `PROC_PID_INIT_INO` and `PROC_USER_INIT_INO` of the kernel's include/linux/proc_ns.h.
 const INITIAL_PID_NAMESPACE: &str = "pid:[4026531836]";
 const INITIAL_USER_NAMESPACE: &str = "user:[4026531837]";
@@ -114,7 +118,53 @@ pub fn judge(host: &HostFacts) -> Vec<Check> {
     ];
     checks.extend(host.tracepoints.iter().map(|(name, contents)| tracepoint(name, contents)));
     checks.push(seccomp(host));
+    let pages = page_faults(host);
+    checks.push(match pages.verdict {
+        Verdict::Fail => Check { verdict: Verdict::Warn, ..pages },
+        _ => pages,
+    });
     checks
+}
+
+/// What matters to the mode `pages`, which places no probes.
+pub fn judge_for_pages(host: &HostFacts) -> Vec<Check> {
+    let mut checks = vec![
+        architecture(host),
+        rights(host),
+        namespace(host),
+        bpf(host),
+        page_faults(host),
+        lockdown(host),
+    ];
+    checks.extend(host.tracepoints.iter().map(|(name, contents)| tracepoint(name, contents)));
+    checks
+}
+
+fn page_faults(host: &HostFacts) -> Check {
+    const NAME: &str = "page faults";
+    if host.perf_event_paranoid.is_none() {
+        return Check::fail(
+            NAME,
+            "the kernel has no perf events, which --mode pages needs",
+            "use a kernel with CONFIG_PERF_EVENTS",
+        );
+    }
+    if host.version().is_some_and(|version| version < OLDEST_KERNEL_FOR_PAGES) {
+        let release = &host.kernel_release;
+        return Check::fail(
+            NAME,
+            format!("{release} is older than {OLDEST_KERNEL_FOR_PAGES}, which --mode pages needs"),
+            format!("use a kernel from {OLDEST_KERNEL_FOR_PAGES} on, or --mode exact"),
+        );
+    }
+    if !host.has_btf {
+        return Check::fail(
+            NAME,
+            "/sys/kernel/btf/vmlinux is missing, which --mode pages needs",
+            "use a kernel with CONFIG_DEBUG_INFO_BTF, or --mode exact",
+        );
+    }
+    Check::ok(NAME, "--mode pages can work")
 }
 
 fn architecture(host: &HostFacts) -> Check {

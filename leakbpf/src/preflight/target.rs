@@ -34,6 +34,15 @@ pub fn judge(target: &TargetFacts, host: &HostFacts) -> Vec<Check> {
     vec![memory, executable(target), seccomp(target, host), shadow_stack(target, host), go(target)]
 }
 
+/// The same for the mode `pages`, which changes nothing in the process.
+pub fn judge_for_pages(target: &TargetFacts) -> Vec<Check> {
+    let memory = memory(target);
+    if target.kernel_thread || target.zombie {
+        return vec![memory];
+    }
+    vec![memory, executable(target)]
+}
+
 fn memory(target: &TargetFacts) -> Check {
     const NAME: &str = "process";
     let who = format!("{} ({})", target.pid, target.comm);
@@ -103,7 +112,7 @@ fn go(target: &TargetFacts) -> Check {
         Check::warn(
             "go",
             "Go moves its stacks: no return probe is placed in its executable, so Go's own memory is not counted",
-            "use Go's own heap profile for it; memory from C libraries is counted",
+            "use --mode pages, or Go's own heap profile; memory from C libraries is counted",
         )
     } else {
         Check::ok("go", "no Go text")
@@ -192,6 +201,21 @@ mod tests {
             host.seccomp_and_return_probes = SeccompAndReturnProbes::Crash;
         });
         assert_eq!(without_filter, []);
+    }
+
+    #[test]
+    fn looking_at_pages_needs_no_probes_to_be_safe() {
+        let mut target = good_target();
+        target.seccomp = SeccompMode::Filter;
+        target.shadow_stack = true;
+        let verdicts = |target: &TargetFacts| -> Vec<Verdict> {
+            judge_for_pages(target).into_iter().map(|check| check.verdict).collect()
+        };
+        assert_eq!(verdicts(&target), [Verdict::Ok, Verdict::Ok]);
+        target.elf = Some(ElfKind { bits: 32, machine: 3 });
+        assert!(verdicts(&target).contains(&Verdict::Fail));
+        target.zombie = true;
+        assert_eq!(verdicts(&target), [Verdict::Fail]);
     }
 
     #[test]

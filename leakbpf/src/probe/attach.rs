@@ -1,5 +1,5 @@
-//! One probe: a perf event on an instruction of a file, or on a tracepoint, and a program linked to
-//! it.
+//! One probe: a perf event on an instruction of a file, on a tracepoint or on the page faults of a
+//! CPU, and a program linked to it.
 //!
 //! aya can do this too, but it loads a test program before each attach, takes kernels whose release
 //! it cannot parse for old ones, and needs tracefs mounted.
@@ -59,7 +59,11 @@ struct LinkCreateArgs {
 
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_PERF_EVENT: u32 = 41;
+const PERF_TYPE_SOFTWARE: u32 = 1;
 const PERF_TYPE_TRACEPOINT: u32 = 2;
+const PERF_COUNT_SW_PAGE_FAULTS: u64 = 2;
+/// The record has the address: a program finds it in its context.
+const PERF_SAMPLE_ADDR: u64 = 1 << 3;
 const PERF_FLAG_FD_CLOEXEC: libc::c_long = 8;
 
 /// A placed probe. The kernel takes the breakpoint away when the last descriptor of the link is
@@ -101,25 +105,42 @@ pub fn attach(
         ..PerfEventAttr::every_hit()
     };
     // SAFETY: the path that `attr` points to lives until the call returns.
-    link(program, unsafe { open(&attr, pid) }?, cookie)
+    link(program, unsafe { open(&attr, pid, ANY_CPU) }?, cookie)
 }
 
 /// Runs `program` at every event of a tracepoint, on all CPUs. `id` stands in its format file.
 pub fn attach_tracepoint(program: BorrowedFd<'_>, id: u64) -> io::Result<Link> {
     let attr =
         PerfEventAttr { kind: PERF_TYPE_TRACEPOINT, config: id, ..PerfEventAttr::every_hit() };
+    // A system-wide event belongs to one CPU, but its program runs on all.
     // SAFETY: `attr` holds no pointers.
-    link(program, unsafe { open(&attr, None) }?, 0)
+    link(program, unsafe { open(&attr, None, 0) }?, 0)
 }
+
+/// Runs `program` at every page fault of one CPU, whoever has it.
+pub fn attach_page_faults(program: BorrowedFd<'_>, cpu: u32) -> io::Result<Link> {
+    let attr = PerfEventAttr {
+        kind: PERF_TYPE_SOFTWARE,
+        config: PERF_COUNT_SW_PAGE_FAULTS,
+        sample_type: PERF_SAMPLE_ADDR,
+        ..PerfEventAttr::every_hit()
+    };
+    let cpu = i64::from(cpu);
+    // SAFETY: `attr` holds no pointers.
+    link(program, unsafe { open(&attr, None, cpu) }?, 0)
+}
+
+/// Of an event that follows a process.
+const ANY_CPU: i64 = -1;
 
 /// # Safety
 ///
 /// Pointers in `attr` are valid until the call returns.
-unsafe fn open(attr: &PerfEventAttr, pid: Option<NonZeroU32>) -> io::Result<OwnedFd> {
-    // A system-wide event belongs to one CPU, but its program runs on all.
+unsafe fn open(attr: &PerfEventAttr, pid: Option<NonZeroU32>, cpu: i64) -> io::Result<OwnedFd> {
+    // Without a process, the event is of all of them; then it needs a CPU.
     let (pid, cpu) = match pid {
-        Some(pid) => (i64::from(pid.get()), -1),
-        None => (-1, 0),
+        Some(pid) => (i64::from(pid.get()), ANY_CPU),
+        None => (-1, cpu),
     };
     // SAFETY: `attr` lives until the call returns, and so does what it points to.
     owned(unsafe {

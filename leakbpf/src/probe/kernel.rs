@@ -5,7 +5,7 @@ use std::{io, num::NonZeroU32, os::fd::AsFd as _, path::Path};
 use aya::{
     Btf, Ebpf, EbpfLoader, VerifierLogLevel, include_bytes_aligned,
     maps::{Map, MapData, PerCpuArray, RingBuf},
-    programs::{FEntry, FExit, ProbeKind, TracePoint, UProbe},
+    programs::{FEntry, FExit, PerfEvent, ProbeKind, TracePoint, UProbe},
 };
 use leakbpf_common::{
     abi::{
@@ -13,10 +13,11 @@ use leakbpf_common::{
         Tally,
     },
     ledger::ThreadState,
+    pages,
 };
 
 use super::{
-    attach::{Link, attach, attach_tracepoint},
+    attach::{Link, attach, attach_page_faults, attach_tracepoint},
     kernel_types::KernelTypes,
     tables::Table,
     unwind_maps::UnwindMaps,
@@ -40,6 +41,17 @@ pub struct Settings {
     /// Byte offset of `old_pid` in the record of `sched:sched_process_exec`.
     pub exec_old_pid_offset: u32,
     pub return_instances: Option<ReturnInstances>,
+    /// What is seen are pages instead of allocator functions.
+    pub pages: Option<PageChoice>,
+}
+
+/// Which pages are looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageChoice {
+    /// One page in so many.
+    pub interval: u32,
+    /// Any number, another one in each session.
+    pub seed: u32,
 }
 
 /// Where the kernel keeps the return addresses that return probes have replaced: byte offsets.
@@ -149,6 +161,11 @@ const PROCESS_TRACEPOINTS: [(&str, &str); 3] = [
     ("task_new", "task/task_newtask"),
 ];
 
+/// include/uapi/linux/bpf.h
+const BPF_RB_FORCE_WAKEUP: u32 = 2;
+
+const PAGE_FAULT: &str = "page_fault";
+
 /// How anonymous mappings are seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MappingEvents {
@@ -180,6 +197,7 @@ pub struct Kernel {
     control: Table<u32, Control>,
     counts: PerCpuArray<MapData, u64>,
     tracepoints: Vec<Link>,
+    page_faults: Vec<Link>,
 }
 
 fn load_error(error: impl std::error::Error) -> KernelError {
@@ -213,6 +231,9 @@ impl Kernel {
         let walk = settings.stack_walk as u32;
         let agent = std::process::id();
         let returns = settings.return_instances.unwrap_or(ReturnInstances::UNKNOWN);
+        let choice = settings.pages.unwrap_or(PageChoice { interval: 1, seed: 0 });
+        let page_limit = pages::limit(choice.interval);
+        let event_flags = if settings.pages.is_some() { BPF_RB_FORCE_WAKEUP } else { 0 };
         let mut loader = EbpfLoader::new();
         loader
             .btf(None)
@@ -229,6 +250,9 @@ impl Kernel {
             .override_global("INSTANCE_STACK", &returns.stack, true)
             .override_global("INSTANCE_CALLER", &returns.caller, true)
             .override_global("INSTANCE_NEXT", &returns.next, true)
+            .override_global("PAGE_SEED", &choice.seed, true)
+            .override_global("PAGE_LIMIT", &page_limit, true)
+            .override_global("EVENT_FLAGS", &event_flags, true)
             .map_max_entries("BLOCKS", settings.max_blocks);
         let mut ebpf = loader.load(OBJECT).map_err(load_error)?;
         let counts = PerCpuArray::try_from(take_map(&mut ebpf, "COUNTS")?).map_err(load_error)?;
@@ -241,13 +265,26 @@ impl Kernel {
         let spaces = map_data(take_map(&mut ebpf, "SPACES")?, "SPACES")?;
         let unwind = UnwindMaps::new(tables, spaces)
             .map_err(|source| KernelError::Map { map: "TABLES", source })?;
-        let tracepoints = Vec::new();
-        let mut kernel =
-            Self { ebpf, blocks, sites, threads, processes, unwind, control, counts, tracepoints };
+        let mut kernel = Self {
+            ebpf,
+            blocks,
+            sites,
+            threads,
+            processes,
+            unwind,
+            control,
+            counts,
+            tracepoints: Vec::new(),
+            page_faults: Vec::new(),
+        };
+        let failed = |program| move |error| KernelError::Program { program, reason: chain(&error) };
+        if settings.pages.is_some() {
+            kernel.program::<PerfEvent>(PAGE_FAULT)?.load().map_err(failed(PAGE_FAULT))?;
+            return Ok(kernel);
+        }
         for program in Program::ALL {
-            kernel.program::<UProbe>(program.name())?.load().map_err(|error| {
-                KernelError::Program { program: program.name(), reason: chain(&error) }
-            })?;
+            let name = program.name();
+            kernel.program::<UProbe>(name)?.load().map_err(failed(name))?;
         }
         Ok(kernel)
     }
@@ -289,6 +326,31 @@ impl Kernel {
     /// Attaches what tells of processes: fork, exec, exit.
     pub fn attach_process_events(&mut self) -> Result<(), KernelError> {
         PROCESS_TRACEPOINTS.into_iter().try_for_each(|event| self.attach_tracepoint(event))
+    }
+
+    /// Attaches what tells of page faults, to each of these CPUs.
+    pub fn attach_page_faults(&mut self, cpus: &[u32]) -> Result<(), KernelError> {
+        let program: &mut PerfEvent = self.program(PAGE_FAULT)?;
+        let failed = |place: String| {
+            move |reason: String| KernelError::Attach { program: PAGE_FAULT, place, reason }
+        };
+        let anywhere = || failed("page faults".to_owned());
+        let fd = program.fd().map_err(|error| anywhere()(chain(&error)))?;
+        let links = cpus.iter().map(|&cpu| {
+            let failed = failed(format!("the page faults of CPU {cpu}"));
+            attach_page_faults(fd.as_fd(), cpu).map_err(|error| failed(error.to_string()))
+        });
+        let links = links.collect::<Result<Vec<_>, _>>()?;
+        if links.is_empty() {
+            return Err(anywhere()("no CPU is known to be online".to_owned()));
+        }
+        self.page_faults = links;
+        Ok(())
+    }
+
+    /// Takes away what [`Kernel::attach_page_faults`] attached.
+    pub fn detach_page_faults(&mut self) {
+        self.page_faults.clear();
     }
 
     /// Attaches what tells of anonymous mappings: to the kernel's functions where it allows that

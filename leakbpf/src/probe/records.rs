@@ -2,7 +2,7 @@
 
 use leakbpf_common::abi::{
     ExecRecord, ForkRecord, INTERRUPTED, LibrariesRecord, MAX_FRAMES, MappingRecord, Outcome,
-    Owner, RecordHead, RecordKind, StackId, StackRecord, UnmappedRecord,
+    Owner, PageRecord, RecordHead, RecordKind, StackId, StackRecord, UnmappedRecord,
 };
 
 /// A stack whose site is new.
@@ -33,6 +33,8 @@ pub enum Record {
     Unmapped(UnmappedRecord),
     /// The others of its process may go on.
     FirstThreadEnded(RecordHead),
+    /// A chosen page was touched.
+    Page(PageRecord),
 }
 
 /// Words of a record, in order.
@@ -74,6 +76,7 @@ impl Record {
         const SEEN: u32 = RecordKind::Seen as u32;
         const UNMAPPED: u32 = RecordKind::Unmapped as u32;
         const FIRST_THREAD_ENDED: u32 = RecordKind::FirstThreadEnded as u32;
+        const PAGE: u32 = RecordKind::Page as u32;
         Some(match head.kind {
             STACK => {
                 let stack = StackId(words.u64()?);
@@ -125,6 +128,9 @@ impl Record {
                 address: words.u64()?,
             }),
             FIRST_THREAD_ENDED => Self::FirstThreadEnded(head),
+            PAGE => {
+                Self::Page(PageRecord { head, address: words.u64()?, stack: StackId(words.u64()?) })
+            }
             _ => return None,
         })
     }

@@ -143,6 +143,14 @@ impl Maps {
         Some((mapping, offset))
     }
 
+    /// Whether the same code is at the same addresses.
+    pub fn same_code(&self, other: &Self) -> bool {
+        let code = |maps: &Self| -> Vec<Mapping> {
+            maps.iter().filter(|mapping| mapping.permissions.execute).cloned().collect()
+        };
+        code(self) == code(other)
+    }
+
     /// Each file that code can run from, once, by lowest address.
     pub fn executable_files(&self) -> Vec<ExecutableFile<'_>> {
         let mut position = BTreeMap::new();

@@ -206,6 +206,31 @@ pub fn server() -> Profile {
     }
 }
 
+/// One page in 16 of a process was looked at: small pages, huge ones, and a site with little.
+pub fn pages() -> Profile {
+    let mut profile = server();
+    profile.mode = Mode::Pages { one_in: 16 };
+    profile.processes.truncate(1);
+    profile.sites.retain(|site| site.process == ProcessId(0) && site.kind == SiteKind::Heap);
+    profile.blocks.clear();
+    let live = [(1500, 0, 20), (40, 30, 0), (1, 0, 0)];
+    for (index, (site, (small, huge, freed))) in profile.sites.iter_mut().zip(live).enumerate() {
+        site.kind = SiteKind::Resident;
+        let bytes = small * 4096 + huge * (2 << 20);
+        let sum = counters((bytes, small + huge), (freed * 4096, freed)).times(16);
+        (site.counters, site.oldest_age_ns, site.youngest_age_ns) =
+            (sum, Some(9 * SECOND), Some(SECOND));
+        profile.blocks.push(Block {
+            process: ProcessId(0),
+            site: SiteId(index),
+            address: 0x7f60_0000_0000 + 4096 * index as u64,
+            size_bytes: 4096,
+            age_ns: 9 * SECOND,
+        });
+    }
+    profile
+}
+
 /// One process, whose names attack the reader and whose session lost events.
 pub fn hostile() -> Profile {
     let mut profile = server();
@@ -335,7 +360,7 @@ fn any_site(
                 frames: frames.into(),
             };
             for (size_bytes, age_ns) in &blocks {
-                site.count_live(*size_bytes, *age_ns);
+                site.count_live(*size_bytes, *age_ns, 1);
             }
             let live = site.counters;
             site.counters = counters(
@@ -365,7 +390,11 @@ pub fn any_profile() -> impl Strategy<Value = Profile> {
         .prop_flat_map(|(processes, modules, sites)| {
             let events = vec((0..1_u64 << 40, option::of(any::<u32>()), any_text()), 0..3);
             let losses = vec(0..3_u64, Loss::ALL.len());
-            let facts = (0..1_u64 << 60, 0..1_u64 << 60, any_text(), any_text());
+            let mode = prop_oneof![
+                Just(Mode::Exact),
+                (1..1000_u32).prop_map(|one_in| Mode::Pages { one_in }),
+            ];
+            let facts = (0..1_u64 << 60, 0..1_u64 << 60, any_text(), any_text(), mode);
             (Just(processes), Just(modules), Just(sites), events, losses, facts)
         })
         .prop_map(|(processes, modules, sites, events, losses, facts)| {
@@ -378,6 +407,9 @@ pub fn any_profile() -> impl Strategy<Value = Profile> {
                 if !distinct.iter().any(|(other, _)| is_twin(other)) {
                     distinct.push((site, blocks));
                 }
+            }
+            for (site, _) in &mut distinct {
+                site.counters = site.counters.times(facts.4.one_in());
             }
             let mut blocks = Vec::new();
             for (index, (site, ages)) in distinct.iter().enumerate() {
@@ -392,7 +424,7 @@ pub fn any_profile() -> impl Strategy<Value = Profile> {
                 }
             }
             Profile {
-                mode: Mode::Exact,
+                mode: facts.4,
                 finished: true,
                 started_unix_ns: facts.0,
                 duration_ns: facts.1,

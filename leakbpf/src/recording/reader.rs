@@ -97,7 +97,7 @@ impl Reader {
                     return Some(());
                 }
                 if !filter.keeps_all() {
-                    site.count_live(block.size_bytes, block.age_ns);
+                    site.count_live(block.size_bytes, block.age_ns, facts.mode.one_in());
                 }
                 if options.with_blocks {
                     block.process = site.process;
@@ -138,13 +138,15 @@ impl Reader {
 
     fn facts(&self) -> Result<Facts, ReadError> {
         let mut mode = None;
+        let mut one_in = None;
         let mut started_unix_ns = None;
         let mut kernel = String::new();
         let mut hostname = String::new();
         self.rows("SELECT key, value FROM meta", |row| {
             let value = row.text(1)?;
             match row.text(0)?.as_str() {
-                "mode" => mode = Mode::ALL.into_iter().find(|mode| mode.name() == value),
+                "mode" => mode = Some(value),
+                "one_in" => one_in = value.parse().ok(),
                 "started_unix_ns" => started_unix_ns = value.parse().ok(),
                 "kernel" => kernel = value,
                 "hostname" => hostname = value,
@@ -152,6 +154,7 @@ impl Reader {
             }
             Ok(())
         })?;
+        let mode = mode.and_then(|name| Mode::from_name(&name, one_in));
         match (mode, started_unix_ns) {
             (Some(mode), Some(started_unix_ns)) => {
                 Ok(Facts { mode, started_unix_ns, kernel, hostname })

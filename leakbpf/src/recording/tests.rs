@@ -118,6 +118,24 @@ proptest! {
 }
 
 #[test]
+fn a_mode_that_estimates_needs_to_say_of_how_many() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("x.leakbpf");
+    let profile = samples::pages();
+    recorded(&path, &profile);
+    assert_eq!(loaded(&path).unwrap(), profile);
+    let change = |sql: &str| Connection::open(&path).unwrap().execute(sql, []).unwrap();
+    for sql in [
+        "UPDATE meta SET value = '0' WHERE key = 'one_in'",
+        "UPDATE meta SET value = 'many' WHERE key = 'one_in'",
+        "DELETE FROM meta WHERE key = 'one_in'",
+    ] {
+        assert_eq!(change(sql), 1);
+        assert!(matches!(loaded(&path), Err(ReadError::Damaged { .. })), "{sql}");
+    }
+}
+
+#[test]
 fn a_recording_cut_anywhere_is_an_error_that_names_it() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("x.leakbpf");

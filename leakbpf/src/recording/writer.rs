@@ -115,13 +115,17 @@ impl Writer {
             database.pragma_update(None, "foreign_keys", false)?;
             database.execute_batch("BEGIN")?;
             database.execute_batch(schema::SQL)?;
+            let one_in = facts.mode.estimates().then(|| facts.mode.one_in().to_string());
             for (key, value) in [
                 ("mode", facts.mode.name().to_owned()),
                 ("started_unix_ns", stored(facts.started_unix_ns).to_string()),
                 ("kernel", facts.kernel.clone()),
                 ("hostname", facts.hostname.clone()),
                 ("leakbpf", env!("CARGO_PKG_VERSION").to_owned()),
-            ] {
+            ]
+            .into_iter()
+            .chain(one_in.map(|one_in| ("one_in", one_in)))
+            {
                 database.execute("INSERT INTO meta VALUES (?, ?)", params![key, value])?;
             }
             database.execute_batch("COMMIT")?;

@@ -7,7 +7,8 @@ use leakbpf_common::abi::Loss;
 use serde::{Serialize, Serializer};
 
 use super::{ReportOptions, names, ranked};
-use crate::profile::{Block, Counters, Profile, Site, SiteId};
+use crate::profile::estimate::{CONFIDENCE_PERCENT, Interval};
+use crate::profile::{Block, Counters, Mode, Profile, Site, SiteId};
 
 /// Raised when a field changes its meaning or goes away, not when one is added.
 pub const SCHEMA: u32 = 1;
@@ -39,6 +40,8 @@ struct Head<'a, S: Serialize, B: Serialize> {
     kernel: &'a str,
     hostname: &'a str,
     filter: Filter,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    estimate: Option<Estimate>,
     processes: Vec<Process<'a>>,
     totals: Totals,
     allocator_totals: Totals,
@@ -49,6 +52,14 @@ struct Head<'a, S: Serialize, B: Serialize> {
     sites: S,
     #[serde(skip_serializing_if = "Option::is_none")]
     blocks: Option<B>,
+}
+
+/// How the numbers came to be, where they are no exact ones.
+#[derive(Serialize)]
+struct Estimate {
+    unit: &'static str,
+    one_in: u32,
+    confidence_percent: u32,
 }
 
 #[derive(Serialize)]
@@ -73,17 +84,23 @@ struct Process<'a> {
 struct Totals {
     live_bytes: u64,
     live_count: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    live_bytes_interval: Option<[u64; 2]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    live_count_interval: Option<[u64; 2]>,
     allocated_bytes: u64,
     allocated_count: u64,
     freed_bytes: u64,
     freed_count: u64,
 }
 
-impl From<Counters> for Totals {
-    fn from(counters: Counters) -> Self {
+impl Totals {
+    fn of(counters: &Counters, interval: Option<Interval>) -> Self {
         Self {
             live_bytes: counters.live_bytes,
             live_count: counters.live_count,
+            live_bytes_interval: interval.map(|it| it.bytes.into()),
+            live_count_interval: interval.map(|it| it.count.into()),
             allocated_bytes: counters.allocated_bytes,
             allocated_count: counters.allocated_count,
             freed_bytes: counters.freed_bytes,
@@ -157,6 +174,7 @@ impl Serialize for Document<'_> {
             }
         }
         let positions = &positions;
+        let totals = profile.totals();
         let blocks = options.with_blocks.then_some(Sequence(move || {
             profile.blocks.iter().filter_map(move |block| {
                 let site = positions.get(block.site.0).copied().flatten()?;
@@ -179,9 +197,17 @@ impl Serialize for Document<'_> {
                 min_age_ns: options.filter.min_age_ns,
                 min_size_bytes: options.filter.min_size_bytes,
             },
+            estimate: match profile.mode {
+                Mode::Exact => None,
+                Mode::Pages { one_in } => Some(Estimate {
+                    unit: "resident",
+                    one_in,
+                    confidence_percent: CONFIDENCE_PERCENT,
+                }),
+            },
             processes: profile.processes.iter().map(process_entry).collect(),
-            totals: profile.totals().into(),
-            allocator_totals: profile.allocator_totals().into(),
+            totals: Totals::of(&totals, profile.interval(&totals)),
+            allocator_totals: Totals::of(&profile.allocator_totals(), None),
             stacks: profile
                 .stacks()
                 .into_iter()
@@ -219,7 +245,7 @@ fn site_entry<'a>(profile: &'a Profile, site: &'a Site) -> SiteEntry<'a> {
         pid: profile.process(site.process).map(|process| process.pid),
         process: site.process.0,
         kind: site.kind.name(),
-        counters: site.counters.into(),
+        counters: Totals::of(&site.counters, profile.interval(&site.counters)),
         oldest_age_ns: site.oldest_age_ns,
         youngest_age_ns: site.youngest_age_ns,
         stack_outcome: site.outcome.name(),

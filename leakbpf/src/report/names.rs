@@ -3,6 +3,8 @@
 use std::borrow::Cow;
 use std::fmt::Write as _;
 
+use super::units;
+use crate::profile::estimate::{CONFIDENCE_PERCENT, Interval};
 use crate::profile::{Frame, Module, Process, Profile, Site, SiteKind, StackOutcome, Symbol};
 
 /// One line of a stack: an inlined function has a line of its own.
@@ -54,9 +56,31 @@ pub fn module<'a>(profile: &'a Profile, frame: &Frame) -> Option<&'a Module> {
     frame.module.and_then(|id| profile.module(id))
 }
 
+/// What the numbers of the mode that looks at pages mean.
+pub fn pages_note(one_in: u32) -> String {
+    match one_in {
+        1 => "resident anonymous memory by the code that touched each page first".to_owned(),
+        _ => format!(
+            "resident anonymous memory by the code that touched each page first; estimated from 1 \
+             in {one_in} pages"
+        ),
+    }
+}
+
+/// Behind an estimate.
+pub fn interval(interval: Interval) -> String {
+    let (low, high) = interval.bytes;
+    match low == high {
+        true => String::new(),
+        false => {
+            format!("  ({CONFIDENCE_PERCENT}%: {} to {})", units::bytes(low), units::bytes(high))
+        }
+    }
+}
+
 const fn kind_mark(kind: SiteKind) -> Option<&'static str> {
     match kind {
-        SiteKind::Heap => None,
+        SiteKind::Heap | SiteKind::Resident => None,
         SiteKind::Mapping => Some("[mapping]"),
         SiteKind::ThreadStack => Some("[thread stack]"),
         SiteKind::AllocatorMapping => Some("[allocator mapping]"),

@@ -10,7 +10,9 @@ use flate2::write::GzEncoder;
 use prost::Message;
 
 use super::{ReportOptions, names, units};
-use crate::profile::{Frame, ModuleId, Process, Profile, Site, Symbol};
+use leakbpf_common::pages::PAGE_BYTES;
+
+use crate::profile::{Frame, Mode, ModuleId, Process, Profile, Site, Symbol};
 
 mod proto;
 
@@ -59,8 +61,11 @@ fn message(profile: &Profile, options: &ReportOptions) -> proto::Profile {
             r#type: tables.strings.id("space"),
             unit: tables.strings.id("bytes"),
         }),
-        // Every byte is counted.
-        period: 1,
+        // Every byte is counted, or so many stand behind each page that is seen.
+        period: match profile.mode {
+            Mode::Exact => 1,
+            Mode::Pages { one_in } => i64::from(one_in) * PAGE_BYTES as i64,
+        },
         comment,
         default_sample_type: tables.strings.id("inuse_space"),
         string_table: tables.strings.table,
@@ -76,6 +81,10 @@ fn comments(profile: &Profile, options: &ReportOptions) -> Vec<String> {
         profile.hostname,
         profile.kernel
     )];
+    if let Mode::Pages { one_in } = profile.mode {
+        let interval = profile.interval(&profile.totals()).map(names::interval).unwrap_or_default();
+        comments.push(format!("inuse: {}{interval}; alloc: touched", names::pages_note(one_in)));
+    }
     if !options.filter.keeps_all() {
         comments.push(format!(
             "inuse: only blocks of {} bytes and more, and {} and older",

@@ -10,7 +10,7 @@ use inferno::flamegraph::color::{Color, PaletteMap, StrokeColor};
 use inferno::flamegraph::{self, Direction, Options, Palette, TextTruncateDirection};
 
 use super::{ReportOptions, Sort, names, ranked, units};
-use crate::profile::{Profile, Site};
+use crate::profile::{Mode, Profile, Site};
 
 /// Frames narrower than one in so many of the whole are not drawn: they would be half a pixel wide,
 /// and browsers are slow with many. Their bytes stay in their callers.
@@ -83,16 +83,25 @@ fn title(profile: &Profile) -> String {
             format!("{} (pid {}) and {} more", names::printable(&first.comm), first.pid, rest.len())
         }
     };
-    let mode = profile.mode.name();
-    format!("{who}: live memory after {} ({mode})", units::duration(profile.duration_ns))
+    let after = units::duration(profile.duration_ns);
+    match profile.mode {
+        Mode::Exact => format!("{who}: live memory after {after} (exact)"),
+        Mode::Pages { one_in: 1 } => {
+            format!("{who}: resident memory by first touch after {after} (every page)")
+        }
+        Mode::Pages { one_in } => {
+            format!("{who}: resident memory by first touch after {after} (1 in {one_in} pages)")
+        }
+    }
 }
 
 fn subtitle(profile: &Profile, options: &ReportOptions) -> String {
     let totals = profile.totals();
     let mut text = format!(
-        "{} in {}, since {}",
+        "{}{} in {}, since {}",
         units::bytes(totals.live_bytes),
-        units::blocks(totals.live_count),
+        profile.interval(&totals).map(names::interval).unwrap_or_default(),
+        units::count(totals.live_count, profile.mode.noun()),
         units::time(profile.started_unix_ns)
     );
     if !profile.hostname.is_empty() {
@@ -102,8 +111,12 @@ fn subtitle(profile: &Profile, options: &ReportOptions) -> String {
         let _ = write!(text, ", older than {}", units::duration(options.filter.min_age_ns));
     }
     if options.filter.min_size_bytes > 0 {
-        let _ =
-            write!(text, ", blocks of {} and more", units::bytes(options.filter.min_size_bytes));
+        let _ = write!(
+            text,
+            ", {}s of {} and more",
+            profile.mode.noun(),
+            units::bytes(options.filter.min_size_bytes)
+        );
     }
     let losses = profile.losses.values().fold(0, |sum: u64, count| sum.saturating_add(*count));
     if losses > 0 {
@@ -117,6 +130,8 @@ struct Tree {
     names: Vec<Name>,
     /// The first is [`ROOT`].
     nodes: Vec<Node>,
+    /// What is counted.
+    noun: &'static str,
 }
 
 /// Index of the root in [`Tree::nodes`].
@@ -142,7 +157,7 @@ struct Name {
 impl Tree {
     fn new(profile: &Profile) -> Self {
         let mut growing = Growing {
-            tree: Self { names: Vec::new(), nodes: Vec::new() },
+            tree: Self { names: Vec::new(), nodes: Vec::new(), noun: profile.mode.noun() },
             name_ids: HashMap::new(),
             label_ids: HashMap::new(),
             node_ids: HashMap::new(),
@@ -231,7 +246,7 @@ impl Tree {
             "{} ({} bytes in {}, {}",
             names::printable(full),
             units::exact(*bytes),
-            units::blocks(*count),
+            units::count(*count, self.noun),
             units::percent(*bytes, whole_bytes)
         );
         if let Some(module) = module {

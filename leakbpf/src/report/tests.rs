@@ -38,6 +38,7 @@ fn the_table_is_as_checked_in() {
     let options = ReportOptions::default();
     assert_golden("server.txt", &text(Format::Text, &samples::server(), &options));
     assert_golden("server-blocks.txt", &text(Format::Text, &samples::server(), &with_blocks()));
+    assert_golden("pages.txt", &text(Format::Text, &samples::pages(), &options));
     assert_golden("hostile.txt", &text(Format::Text, &samples::hostile(), &options));
     assert_golden("empty.txt", &text(Format::Text, &samples::empty(), &options));
     let terminal = ReportOptions { color: true, width: Some(60), top: Some(2), ..options };
@@ -52,6 +53,7 @@ fn json_is_as_checked_in() {
         serde_json::to_string_pretty(&value).unwrap().replace(env!("CARGO_PKG_VERSION"), "VERSION")
     };
     assert_golden("server.json", &pretty(&samples::server(), &with_blocks()));
+    assert_golden("pages.json", &pretty(&samples::pages(), &with_blocks()));
     assert_golden("empty.json", &pretty(&samples::empty(), &ReportOptions::default()));
 }
 
@@ -73,6 +75,19 @@ fn the_flame_graph_is_as_checked_in() {
     assert_golden("server.svg-frames", &drawn(&samples::server()));
     assert_golden("hostile.svg-frames", &drawn(&samples::hostile()));
     assert_golden("empty.svg-frames", &drawn(&samples::empty()));
+}
+
+#[test]
+fn an_estimate_says_what_it_is_in_every_format_that_has_a_head() {
+    let options = ReportOptions::default();
+    let svg = text(Format::Svg, &samples::pages(), &options);
+    let title = "server (pid 4321): resident memory by first touch after 30.0 s (1 in 16 pages)";
+    assert!(svg.contains(title), "{svg}");
+    let interval = "  (95%: ";
+    for format in [Format::Text, Format::Svg] {
+        assert!(text(format, &samples::pages(), &options).contains(interval), "{format:?}");
+        assert!(!text(format, &samples::server(), &options).contains(interval), "{format:?}");
+    }
 }
 
 #[test]
@@ -142,7 +157,7 @@ proptest! {
         }
 
         let table = text(Format::Text, &profile, &options);
-        let total = format!("{} bytes in {}", units::exact(live_bytes), units::blocks(profile.totals().live_count));
+        let total = format!("{} bytes in {}", units::exact(live_bytes), units::count(profile.totals().live_count, profile.mode.noun()));
         prop_assert!(table.contains(&total));
     }
 
@@ -152,7 +167,8 @@ proptest! {
         let frames = svg.split("<svg id=\"frames\"").nth(1).unwrap();
         for title in frames.split("<title>").skip(1) {
             let title = title.split("</title>").next().unwrap();
-            prop_assert!(title.contains(" bytes in ") && title.contains(" block"), "{}", title);
+            let noun = format!(" {}", profile.mode.noun());
+            prop_assert!(title.contains(" bytes in ") && title.contains(&noun), "{}", title);
         }
     }
 }

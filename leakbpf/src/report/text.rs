@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use super::names::Line;
 use super::{ReportOptions, names, ranked, units};
-use crate::profile::{Counters, Process, Profile, Site, SiteId, SiteKind};
+use crate::profile::{Counters, Mode, Process, Profile, Site, SiteId, SiteKind};
 
 /// Sites listed unless [`ReportOptions::top`] says otherwise.
 pub const DEFAULT_TOP: usize = 10;
@@ -72,29 +72,38 @@ fn write_head(
         write!(out, ", kernel {}", names::printable(&profile.kernel))?;
     }
     writeln!(out)?;
+    let noun = profile.mode.noun();
     if options.filter.min_age_ns > 0 {
         let age = units::duration(options.filter.min_age_ns);
-        writeln!(out, "live: only blocks of {age} and older")?;
+        writeln!(out, "live: only {noun}s of {age} and older")?;
     }
     if options.filter.min_size_bytes > 0 {
         let size = units::bytes(options.filter.min_size_bytes);
-        writeln!(out, "live: only blocks of {size} and more")?;
+        writeln!(out, "live: only {noun}s of {size} and more")?;
     }
+    if let Mode::Pages { one_in } = profile.mode {
+        writeln!(out, "{}", names::pages_note(one_in))?;
+    }
+    let [live, allocated, freed] = match profile.mode {
+        Mode::Exact => ["live", "allocated", "freed"],
+        Mode::Pages { .. } => ["resident", "touched", "released"],
+    };
     let rows = [
-        ("live", totals.live_bytes, totals.live_count),
-        ("allocated", totals.allocated_bytes, totals.allocated_count),
-        ("freed", totals.freed_bytes, totals.freed_count),
+        (live, totals.live_bytes, totals.live_count),
+        (allocated, totals.allocated_bytes, totals.allocated_count),
+        (freed, totals.freed_bytes, totals.freed_count),
     ];
     for (name, bytes, count) in rows {
         let row = format!(
             "{name:<9} {:>10}  {:>17} bytes in {}",
             units::bytes(bytes),
             units::exact(bytes),
-            units::blocks(count)
+            units::count(count, noun)
         );
-        let row = if name == "live" { style.bold(&row) } else { row };
-        writeln!(out, "{row}")?;
-        if name == "live" {
+        let row = if name == live { style.bold(&row) } else { row };
+        let error = profile.interval(totals).filter(|_| name == live);
+        writeln!(out, "{row}{}", error.map(names::interval).unwrap_or_default())?;
+        if name == live {
             write_ended(profile, out)?;
         }
     }
@@ -145,7 +154,7 @@ fn write_ended(profile: &Profile, out: &mut dyn Write) -> io::Result<()> {
             "  of it   {:>10}  {:>17} bytes in {} when their processes ended",
             units::bytes(sum.live_bytes),
             units::exact(sum.live_bytes),
-            units::blocks(sum.live_count)
+            units::count(sum.live_count, profile.mode.noun())
         )?;
     }
     Ok(())
@@ -167,7 +176,7 @@ fn write_processes(profile: &Profile, style: &Style, out: &mut dyn Write) -> io:
             out,
             "{:>10}  {:>14}  {}",
             units::bytes(sum.live_bytes),
-            units::blocks(sum.live_count),
+            units::count(sum.live_count, profile.mode.noun()),
             describe(process)
         )?;
     }
@@ -239,7 +248,7 @@ impl Table<'_> {
                 units::count(rest.len() as u64, "more site"),
                 units::bytes(sum.live_bytes),
                 units::percent(sum.live_bytes, whole_bytes),
-                units::blocks(sum.live_count),
+                units::count(sum.live_count, self.profile.mode.noun()),
                 sites.len()
             )?;
         }
@@ -257,6 +266,7 @@ impl Table<'_> {
         let counters = &site.counters;
         let noun = match site.kind {
             SiteKind::Heap => "block",
+            SiteKind::Resident => "page",
             SiteKind::Mapping | SiteKind::ThreadStack | SiteKind::AllocatorMapping => "mapping",
         };
         let head = format!(
@@ -267,7 +277,10 @@ impl Table<'_> {
             units::count(counters.live_count, noun)
         );
         write!(out, "{}", self.style.bold(&head))?;
-        write!(out, "  {}", site.kind.name().replace('_', " "))?;
+        match self.profile.interval(counters) {
+            Some(interval) => write!(out, "{}", names::interval(interval))?,
+            None => write!(out, "  {}", site.kind.name().replace('_', " "))?,
+        }
         if self.profile.processes.len() > 1 {
             let process = names::process_name(self.profile.process(site.process));
             write!(out, "  {}", names::printable(&process))?;
@@ -283,9 +296,11 @@ impl Table<'_> {
         }
         writeln!(
             out,
-            "; allocated {} in {}, freed {} in {}",
+            "; {} {} in {}, {} {} in {}",
+            if site.kind == SiteKind::Resident { "touched" } else { "allocated" },
             units::bytes(counters.allocated_bytes),
             units::exact(counters.allocated_count),
+            if site.kind == SiteKind::Resident { "released" } else { "freed" },
             units::bytes(counters.freed_bytes),
             units::exact(counters.freed_count)
         )?;

@@ -36,11 +36,6 @@ pub fn exact(count: u64) -> String {
     grouped
 }
 
-/// `1,024 blocks`, `1 block`.
-pub fn blocks(number: u64) -> String {
-    count(number, "block")
-}
-
 /// `2 mappings`, `1 mapping`.
 pub fn count(number: u64, noun: &str) -> String {
     format!("{} {noun}{}", exact(number), if number == 1 { "" } else { "s" })

@@ -4,7 +4,7 @@ use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use crate::{
     process::select::Selector,
-    profile::BlockFilter,
+    profile::{BlockFilter, Mode},
     report::{Format, Sort},
 };
 
@@ -39,6 +39,7 @@ pub enum StackMethod {
 #[derive(Debug, Clone)]
 pub struct Config {
     pub target: Target,
+    pub mode: Mode,
     pub duration: Option<Duration>,
     pub output: Option<Output>,
     pub filter: BlockFilter,
@@ -47,6 +48,7 @@ pub struct Config {
     pub sort: Sort,
     pub blocks: bool,
     pub follow_forks: bool,
+    /// Of the mode that looks at pages: most of them to keep.
     pub max_blocks: u32,
     pub stack: StackMethod,
     /// Keep names for later sessions, and use those that earlier ones kept.

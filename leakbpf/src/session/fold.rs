@@ -13,7 +13,7 @@ use super::{
     watch::Watch,
 };
 use crate::{
-    ledger::ranges::Mappings,
+    ledger::{pages::Pages, ranges::Mappings},
     probe::kernel::KernelError,
     profile::{BlockFilter, Counters, Process, ProcessId, SiteKind},
 };
@@ -179,6 +179,19 @@ fn take_out(
                 site.hold(range.length_bytes, range.born_ns);
             }
         }
+        for (stack, value) in life.pages.counters() {
+            let counters = Counters { live_bytes: 0, live_count: 0, ..value };
+            let folded = Folded { counters, born_ns: None };
+            let sites = held.entry(life.owner).or_default();
+            sites.entry((stack, SiteKind::Resident)).or_default().add(&folded);
+        }
+        for page in life.pages.live() {
+            if filter.keeps(page.length_bytes, now_ns.saturating_sub(page.born_ns)) {
+                let sites = held.entry(life.owner).or_default();
+                let site = sites.entry((page.stack, SiteKind::Resident)).or_default();
+                site.hold(page.length_bytes, page.born_ns);
+            }
+        }
     }
     Ok(held)
 }
@@ -220,6 +233,7 @@ fn let_go(watch: &mut Watch, ended: &HashMap<Owner, ProcessId>) -> Vec<(ProcessI
         life.space = Space::default();
         life.perf_map = None;
         life.mappings = Mappings::new(None);
+        life.pages = Pages::default();
         process.0 < listed
     });
     left

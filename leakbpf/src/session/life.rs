@@ -10,9 +10,13 @@ use super::{
     space::{Place, Space},
 };
 use crate::{
-    ledger::ranges::Mappings,
+    ledger::{pages::Pages, ranges::Mappings},
     probe::records::NewStack,
-    process::{Pid, maps::Maps},
+    process::{
+        Pid,
+        maps::{Backing, Maps},
+        pagemap::Pagemap,
+    },
     profile::{self, ModuleId, StackOutcome},
 };
 
@@ -48,6 +52,9 @@ pub struct Life {
     pub process: profile::Process,
     pub space: Space,
     pub mappings: Mappings,
+    pub pages: Pages,
+    /// Open while the process lives, where pages are looked at.
+    pub pagemap: Option<Pagemap>,
     pub stacks: HashMap<StackId, Stack>,
     /// Known once a stack leads through code made at run time.
     pub perf_map: Option<PerfMapPlace>,
@@ -62,6 +69,8 @@ impl Life {
             process,
             space,
             mappings,
+            pages: Pages::default(),
+            pagemap: None,
             stacks: HashMap::new(),
             perf_map: None,
             folded: false,
@@ -79,6 +88,16 @@ impl Life {
     /// Whether its memory is gone although its process lives on.
     pub fn replaced(&self) -> bool {
         self.process.end.as_deref() == Some(ENDED_BY_EXEC)
+    }
+
+    /// The pages that it touched last can't be looked at any more.
+    pub fn end_pages(&mut self) {
+        self.pagemap = None;
+        let maps = self.space.maps();
+        self.pages.end(|address| {
+            let mapping = maps.and_then(|maps| maps.find(address));
+            mapping.is_some_and(|mapping| matches!(mapping.backing, Backing::File { .. }))
+        });
     }
 
     /// Takes in the address space as it is now. What was known stays when it can't be read any more.

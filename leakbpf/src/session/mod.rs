@@ -40,7 +40,7 @@ use self::{
 use crate::{
     preflight::{self, kernel_version::KernelVersion},
     probe::{
-        kernel::{Kernel, KernelError, MappingEvents, ReturnInstances, Settings},
+        kernel::{Kernel, KernelError, MappingEvents, PageChoice, ReturnInstances, Settings},
         planner,
         records::Record,
     },
@@ -92,6 +92,10 @@ impl SessionError {
     }
 }
 
+/// A touched page is looked at so soon that it is as it was mapped: the kernel puts pages together
+/// to huge ones later.
+const LOOK_AT_FRESH_PAGES: Duration = Duration::from_millis(250);
+
 /// More processes than these are announced in one line.
 const ANNOUNCED_ONE_BY_ONE: usize = 8;
 
@@ -101,10 +105,14 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
     // One for each probe, each module and each process.
     let descriptors = limits::raise_open_files();
     let host = host::observe();
-    preflight::Report { checks: preflight::host::judge(&host) }.refuse_failures()?;
+    let checks = match config.mode {
+        Mode::Exact => preflight::host::judge(&host),
+        Mode::Pages { .. } => preflight::host::judge_for_pages(&host),
+    };
+    preflight::Report { checks }.refuse_failures()?;
     let planner = planner_kernel(&host);
     let pids = match &config.target {
-        Target::Running(selector) => admit(select(selector)?, selector, &host)?,
+        Target::Running(selector) => admit(select(selector)?, selector, &host, config.mode)?,
         Target::Program { .. } => Vec::new(),
     };
     // From here on a signal ends the session in an orderly way.
@@ -113,12 +121,23 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
 
     let (mut kernel, lesser_stacks) = load(config)?;
     kernel.attach_process_events()?;
-    let mapping_events = kernel.attach_mapping_events();
+    let mapping_events = match config.mode {
+        Mode::Exact => Some(kernel.attach_mapping_events()),
+        Mode::Pages { .. } => {
+            kernel.attach_page_faults(&host::online_cpus())?;
+            None
+        }
+    };
     let records = kernel.take_records()?;
     let (exits, mut exited) = mpsc::unbounded_channel();
     let system_wide = matches!(config.target, Target::Running(Selector::All));
     let plans = Plans::new(planner);
-    let mut watch = Watch::new(kernel, plans, system_wide, mapping_events.is_ok(), exits);
+    let mappings = matches!(mapping_events, Some(Ok(_)));
+    let max_pages = match config.mode {
+        Mode::Exact => None,
+        Mode::Pages { .. } => Some(config.max_blocks as usize),
+    };
+    let mut watch = Watch::new(kernel, plans, system_wide, mappings, max_pages, exits);
     if config.cache {
         watch.modules.use_cache();
     }
@@ -127,14 +146,14 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
         watch.note(None, reason);
     }
     match mapping_events {
-        Ok(MappingEvents::Functions) => {}
-        Ok(MappingEvents::Tracepoints) => watch.note(
+        None | Some(Ok(MappingEvents::Functions)) => {}
+        Some(Ok(MappingEvents::Tracepoints)) => watch.note(
             None,
             "mappings are seen through system call tracepoints, which slow every system call of \
              the machine down a little: the kernel refuses programs on its functions (fentry)"
                 .to_owned(),
         ),
-        Err(error) => {
+        Some(Err(error)) => {
             eprintln!("leakbpf: mmap, munmap, mremap and brk are not counted: {error}");
             watch.note(None, format!("anonymous mappings are not counted: {error}"));
         }
@@ -161,13 +180,14 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
                     started.elapsed().as_millis()
                 );
             } else {
-                placed.iter().for_each(|attached| announce(attached, &watch, started));
+                placed.iter().for_each(|attached| announce(attached, &watch, config, started));
             }
         }
         Target::Program { program: name, arguments } => {
             let ready = |pid: Pid| -> Result<Attached, String> {
                 let selector = Selector::Pids(vec![pid]);
-                admit(vec![pid], &selector, &host).map_err(|error| error.to_string())?;
+                admit(vec![pid], &selector, &host, config.mode)
+                    .map_err(|error| error.to_string())?;
                 // The larger limit is the agent's alone.
                 if let Some(before) = descriptors {
                     limits::restore(pid, before);
@@ -177,7 +197,7 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
                 Ok(attached)
             };
             let (launched, attached) = launch(name, arguments, ready)?;
-            announce(&attached, &watch, started);
+            announce(&attached, &watch, config, started);
             program = Some(launched);
         }
     }
@@ -207,12 +227,16 @@ fn admit(
     pids: Vec<Pid>,
     selector: &Selector,
     host: &preflight::host::HostFacts,
+    mode: Mode,
 ) -> Result<Vec<Pid>, SessionError> {
     let mut admitted = Vec::new();
     let mut refused = None;
     for pid in pids {
         let checks = match target::observe(pid, false) {
-            Ok(facts) => preflight::target::judge(&facts, host),
+            Ok(facts) => match mode {
+                Mode::Exact => preflight::target::judge(&facts, host),
+                Mode::Pages { .. } => preflight::target::judge_for_pages(&facts),
+            },
             Err(error) if matches!(selector, Selector::Pids(_)) => return Err(error.into()),
             Err(_) => continue,
         };
@@ -270,6 +294,10 @@ fn settings(config: &Config) -> Result<Settings, SessionError> {
         newtask_flags_offset: field_offset("task/task_newtask", "clone_flags")?,
         exec_old_pid_offset: field_offset("sched/sched_process_exec", "old_pid")?,
         return_instances: host::kernel_types().as_deref().and_then(ReturnInstances::find),
+        pages: match config.mode {
+            Mode::Exact => None,
+            Mode::Pages { one_in } => Some(PageChoice { interval: one_in, seed: seed() }),
+        },
     })
 }
 
@@ -283,20 +311,30 @@ fn field_offset(name: &'static str, field: &str) -> Result<u32, SessionError> {
     Ok(field.offset_bytes)
 }
 
-fn announce(attached: &Attached, watch: &Watch, started: Instant) {
+/// Differs from session to session.
+fn seed() -> u32 {
+    use std::hash::{BuildHasher as _, RandomState};
+    RandomState::new().hash_one(monotonic_ns()) as u32
+}
+
+fn announce(attached: &Attached, watch: &Watch, config: &Config, started: Instant) {
     let comm = watch
         .lives
         .iter()
         .find(|life| life.pid() == attached.pid)
         .map_or("", |life| life.process.comm.as_str());
+    let what = match config.mode {
+        Mode::Exact => format!("{} functions", attached.functions),
+        Mode::Pages { one_in: 1 } => "every page".to_owned(),
+        Mode::Pages { one_in } => format!("1 in {one_in} pages"),
+    };
     eprintln!(
-        "leakbpf: attached to PID {} ({}): {} functions in {} ms",
+        "leakbpf: attached to PID {} ({}): {what} in {} ms",
         attached.pid,
         report::printable(comm),
-        attached.functions,
         started.elapsed().as_millis()
     );
-    if attached.functions == 0 && watch.probes() == 0 {
+    if config.mode == Mode::Exact && attached.functions == 0 && watch.probes() == 0 {
         let looked_at: Vec<String> = attached
             .looked_at
             .iter()
@@ -306,10 +344,11 @@ fn announce(attached: &Attached, watch: &Watch, started: Instant) {
             })
             .collect();
         eprintln!(
-            "leakbpf: no allocator function was found in {}: only mappings are counted; debug \
-             symbols of a stripped static program would help (`leakbpf doctor -p {}`)",
+            "leakbpf: no allocator function was found in {1}: only mappings are counted; debug \
+             symbols of a stripped static program would help (`leakbpf doctor -p {0}`), and `leakbpf \
+             record --mode pages -p {0}` shows what it holds without them",
+            attached.pid,
             report::printable(&looked_at.join(", ")),
-            attached.pid
         );
     }
 }
@@ -361,6 +400,7 @@ impl Session<'_> {
         interval.tick().await;
         let mut progress_tick = tokio::time::interval(Duration::from_secs(1));
         let mut progress = Progress::new();
+        let mut look = tokio::time::interval(LOOK_AT_FRESH_PAGES);
         let deadline = self.config.duration.map(|duration| tokio::time::Instant::now() + duration);
         loop {
             let deadline_reached = async {
@@ -409,6 +449,10 @@ impl Session<'_> {
                         break;
                     }
                 }
+                _ = look.tick(), if self.config.mode.estimates() => {
+                    self.drain();
+                    self.watch.look_at_pages(false);
+                }
                 _ = progress_tick.tick(), if progress.shown() => {
                     let counts = self.watch.kernel.counts()?;
                     progress.show(Duration::from_nanos(monotonic_ns().saturating_sub(self.began_ns)), self.live_bytes()?, &counts);
@@ -451,6 +495,10 @@ impl Session<'_> {
 
     fn live_bytes(&self) -> Result<u64, SessionError> {
         let mut live = 0u64;
+        let one_in = u64::from(self.config.mode.one_in());
+        for page in self.watch.lives.iter().flat_map(|life| life.pages.live()) {
+            live = live.saturating_add(page.length_bytes.saturating_mul(one_in));
+        }
         for entry in self.watch.kernel.sites.walk() {
             let (_, site) = entry.map_err(|source| KernelError::Map { map: "SITES", source })?;
             live = live.saturating_add(site.allocated_bytes.saturating_sub(site.freed_bytes));
@@ -472,6 +520,8 @@ impl Session<'_> {
     }
 
     fn interval(&mut self, output: &mut OutputFile) -> Result<ControlFlow<()>, SessionError> {
+        self.watch.look_for_code();
+        self.watch.look_at_pages(true);
         let counts = self.watch.kernel.counts()?;
         if counts.losses.first().is_some_and(|&blocks_full| blocks_full > 0) {
             self.fold(0)?;
@@ -516,6 +566,7 @@ impl Session<'_> {
         let watch = &mut self.watch;
         watch.listed = watch.lives.len();
         let mut census = self.sites.census(
+            self.config.mode.one_in(),
             &watch.kernel,
             &watch.lives,
             &watch.by_owner,
@@ -549,6 +600,7 @@ impl Session<'_> {
             add("ranges_full", loss.ranges_full);
         }
         add("ranges_full", 0);
+        add("blocks_full", watch.pages_full);
         add("stacks_lost", census.stacks_missing);
         add("mappings_unmatched", watch.mapping_losses);
         add("children_seen_late", watch.children_seen_late);
@@ -556,7 +608,7 @@ impl Session<'_> {
         add("spaces_full", watch.unwinding.spaces_full);
         add("unwind_tables_full", watch.unwinding.tables_full + watch.kernel.unwind.failed());
         Ok(Profile {
-            mode: Mode::Exact,
+            mode: self.config.mode,
             started_unix_ns: self.started_unix_ns,
             duration_ns: now_ns.saturating_sub(self.began_ns),
             kernel: self.kernel_release.clone(),
@@ -576,7 +628,9 @@ impl Session<'_> {
         self.watch.kernel.enable(false)?;
         let now_ns = monotonic_ns();
         self.watch.detach();
+        self.watch.kernel.detach_page_faults();
         self.drain();
+        self.watch.look_at_pages(true);
         let mut profile = self.profile(true, now_ns)?;
         let filter = self.config.filter;
         let outstanding = self.sites.outstanding(
@@ -678,7 +732,7 @@ impl OutputFile {
             None => OutputKind::None,
             Some(Output::Recording(path)) => {
                 let facts = SessionFacts {
-                    mode: Mode::Exact,
+                    mode: config.mode,
                     started_unix_ns: unix_ns(),
                     kernel: host.kernel_release.clone(),
                     hostname: hostname(),

@@ -128,9 +128,11 @@ impl Sites {
         self.by_stack.retain(|(owner, _, _), _| !over(owner));
     }
 
-    /// Counts everything that is outstanding. `now_ns` is `CLOCK_MONOTONIC`.
+    /// Counts everything that is outstanding, of which each stands for `one_in`. `now_ns` is
+    /// `CLOCK_MONOTONIC`.
     pub fn census(
         &mut self,
+        one_in: u32,
         kernel: &Kernel,
         lives: &[Life],
         by_owner: &HashMap<Owner, ProcessId>,
@@ -172,6 +174,19 @@ impl Sites {
                 self.entry(&mut counters, id).counters.add(&value);
             }
         }
+        for (index, life) in lives.iter().enumerate() {
+            for (stack, value) in life.pages.counters() {
+                let process = ProcessId(index);
+                let (id, complete) = self.of(lives, process, stack, SiteKind::Resident);
+                stacks_missing += u64::from(!complete);
+                let mut value = Counters { live_bytes: 0, live_count: 0, ..value };
+                if life.replaced() {
+                    value.freed_bytes = value.allocated_bytes;
+                    value.freed_count = value.allocated_count;
+                }
+                self.entry(&mut counters, id).counters.add(&value);
+            }
+        }
         for (&id, folded) in &self.folded {
             let site = self.entry(&mut counters, id);
             site.counters.add(&folded.counters);
@@ -185,13 +200,14 @@ impl Sites {
             let block = entry?;
             if filter.keeps(block.size_bytes, block.age_ns) {
                 let site = outstanding.sites.entry(&mut counters, block.site);
-                site.count_live(block.size_bytes, block.age_ns);
+                site.count_live(block.size_bytes, block.age_ns, 1);
             }
         }
         let sites = (0..self.sites.len())
             .filter_map(|index| {
                 counters.remove(&SiteId(index)).or_else(|| self.blank(SiteId(index)))
             })
+            .map(|site| Site { counters: site.counters.times(one_in), ..site })
             .collect();
         Ok(Census { sites, stacks_missing })
     }
@@ -258,6 +274,15 @@ impl Sites {
                     address: range.start,
                     size_bytes: range.length_bytes,
                     age_ns: now_ns.saturating_sub(range.born_ns),
+                });
+            }
+            for page in life.pages.live() {
+                few.push(Block {
+                    process,
+                    site: self.of(lives, process, page.stack, SiteKind::Resident).0,
+                    address: page.address,
+                    size_bytes: page.length_bytes,
+                    age_ns: now_ns.saturating_sub(page.born_ns),
                 });
             }
         }

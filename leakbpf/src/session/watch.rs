@@ -12,7 +12,8 @@ use std::{
 };
 
 use leakbpf_common::abi::{
-    ExecRecord, ForkRecord, LibrariesRecord, Owner, ProcessState, UnmappedRecord, process_flags,
+    ExecRecord, ForkRecord, LibrariesRecord, Owner, PageRecord, ProcessState, UnmappedRecord,
+    process_flags,
 };
 
 use super::{
@@ -30,6 +31,7 @@ use crate::{
         Pid,
         exit::{ExitWatch, ExitWatchError},
         maps::{Backing, Maps},
+        pagemap::{Pagemap, PagemapError},
         status::{Identity, memory_owner},
     },
     profile::{Event, Process, ProcessId},
@@ -80,6 +82,12 @@ pub struct Watch {
     exits: tokio::sync::mpsc::UnboundedSender<(Pid, Owner)>,
     system_wide: bool,
     mappings: bool,
+    /// How many pages are kept, where pages are looked at and nothing is probed.
+    max_pages: Option<usize>,
+    /// Pages of all lives.
+    pages: usize,
+    /// Touches that were not recorded.
+    pub pages_full: u64,
     detacher: Detacher,
     /// How many of `lives` a profile has listed; their places in the list are fixed.
     pub listed: usize,
@@ -95,6 +103,7 @@ impl Watch {
         plans: Plans,
         system_wide: bool,
         mappings: bool,
+        max_pages: Option<usize>,
         exits: tokio::sync::mpsc::UnboundedSender<(Pid, Owner)>,
     ) -> Self {
         Self {
@@ -114,6 +123,9 @@ impl Watch {
             exits,
             system_wide,
             mappings,
+            max_pages,
+            pages: 0,
+            pages_full: 0,
             detacher: Detacher::default(),
             listed: 0,
             folded_losses: MappingLosses::default(),
@@ -176,8 +188,20 @@ impl Watch {
             Mappings::new(initial_break),
         ));
         self.by_owner.insert(owner, id);
+        self.open_pagemap(id);
         self.watch_exit(pid, start_time, owner);
         id
+    }
+
+    /// Opens the page tables of a life. Those of another one, which the process has begun by `execve`
+    /// meanwhile, are of no use.
+    fn open_pagemap(&mut self, id: ProcessId) {
+        let Some(life) = self.lives.get_mut(id.0).filter(|_| self.max_pages.is_some()) else {
+            return;
+        };
+        let opened = Pagemap::open(life.pid()).ok();
+        let state = self.kernel.processes.get(&life.process.pid).ok().flatten();
+        life.pagemap = opened.filter(|_| state.is_none_or(|state| state.owner == life.owner));
     }
 
     fn watch_exit(&self, pid: Pid, start_time: u64, owner: Owner) {
@@ -204,6 +228,9 @@ impl Watch {
         // them the names of its functions.
         for file in maps.executable_files() {
             self.modules.of_file(pid, file.id, Some(maps));
+        }
+        if self.max_pages.is_some() {
+            return Ok(Attached { pid, functions: 0, probes: 0, looked_at: Vec::new() });
         }
         let looked_at = self.plans.of(pid, maps);
         let (key, scope) = match self.system_wide {
@@ -257,7 +284,46 @@ impl Watch {
             }
             Record::Unmapped(unmapped) => self.unmapped(&unmapped),
             Record::FirstThreadEnded(head) => self.headless.push((head.owner, Instant::now())),
+            Record::Page(page) => self.touched(&page),
         }
+    }
+
+    fn touched(&mut self, page: &PageRecord) {
+        let Some(id) = self.life_or_stranger(page.head.owner) else { return };
+        let Some(life) = self.lives.get_mut(id.0).filter(|life| !life.folded) else { return };
+        let known = life.pages.knows(page.address);
+        if !known && self.max_pages.is_none_or(|most| self.pages >= most) {
+            self.pages_full += 1;
+            return;
+        }
+        self.pages += usize::from(!known);
+        life.pages.touch(page.address, page.stack, page.head.time_ns);
+        if life.ended() {
+            life.end_pages();
+        }
+    }
+
+    /// Looks which of the pages are still there: of those touched since the last look, or of all.
+    pub fn look_at_pages(&mut self, all: bool) {
+        if self.max_pages.is_none() {
+            return;
+        }
+        let mut unreadable = Vec::new();
+        for life in self.lives.iter_mut().filter(|life| all || life.pages.has_fresh()) {
+            let Some(pagemap) = life.pagemap.as_mut() else { continue };
+            match life.pages.look(all, |pages| pagemap.scan(pages)) {
+                Ok(()) => {}
+                // Its end will be told; what it held is known as of the last look.
+                Err(PagemapError::Gone) => life.pagemap = None,
+                Err(PagemapError::Unreadable(error)) => {
+                    life.pagemap = None;
+                    let text = format!("what it gives back is not seen any more: {error}");
+                    unreadable.push((life.pid(), text));
+                }
+            }
+        }
+        unreadable.into_iter().for_each(|(pid, text)| self.note(Some(pid), text));
+        self.pages = self.lives.iter().map(|life| life.pages.len()).sum();
     }
 
     fn life_of(&self, owner: Owner) -> Option<ProcessId> {
@@ -309,7 +375,7 @@ impl Watch {
         // The kernel side has given it its parent's list already; what counts here is the order
         // in which the agent takes and drops tables, and that waits for the probes.
         self.changed.insert(fork.child);
-        if self.system_wide {
+        if self.system_wide || self.max_pages.is_some() {
             return;
         }
         let untouched = self.probes_untouched(fork.head.owner.tgid(), pid, &maps);
@@ -351,6 +417,7 @@ impl Watch {
         {
             former = Some(id);
             self.lives[id.0].process.end.get_or_insert_with(|| ENDED_BY_EXEC.to_owned());
+            self.lives[id.0].end_pages();
             self.unwinding.forget(&self.kernel.unwind, exec.old);
         }
         let maps = maps_of(&self.kernel, exec.head.owner);
@@ -453,6 +520,23 @@ impl Watch {
         }
     }
 
+    /// Nothing tells of libraries where nothing is probed: looks for those that came or went.
+    pub fn look_for_code(&mut self) {
+        if self.max_pages.is_none() {
+            return;
+        }
+        for life in self.lives.iter_mut().filter(|life| !life.ended()) {
+            let maps = maps_of(&self.kernel, life.owner);
+            let known = life.space.maps();
+            if !maps.is_empty() && known.is_none_or(|known| !known.same_code(&maps)) {
+                // What is at an address from now on is all that counts.
+                life.space = Space::new(life.space.epoch().unwrap_or(0), maps);
+                self.changed.insert(life.owner);
+            }
+        }
+        self.take_in_mappings();
+    }
+
     /// Stacks lead to code that the kernel side does not know: made at run time, mapped without
     /// the dynamic loader, or not code at all.
     fn unmapped(&mut self, unmapped: &UnmappedRecord) {
@@ -477,6 +561,7 @@ impl Watch {
         let life = &mut self.lives[id.0];
         let replaced = life.process.end.is_some();
         life.process.end.get_or_insert_with(|| how.to_owned());
+        life.end_pages();
         if !replaced {
             self.unwinding.forget(&self.kernel.unwind, owner);
             if let Some(placed) = self.placed.remove(&pid.0) {
