@@ -6,10 +6,12 @@
 //! - a free takes the block out before the allocator has it back, an allocation puts it in after
 //!   the allocator has given it away, so that no other thread can be confused with this one;
 //! - `realloc` takes the old block aside and puts it back when the call failed;
-//! - a call that never returned (`longjmp`, an exception) is recognised by its stack pointer.
+//! - a call that never returned (`longjmp`, an exception) is recognised by its stack pointer;
+//! - where blocks are sampled, the choice is made when the call begins, by its size.
 
-use crate::abi::{
-    Block, BlockKey, Cookie, Loss, MAX_IN_FLIGHT, Owner, Role, SizeRule, StackId, Tally,
+use crate::{
+    abi::{Block, BlockKey, Cookie, Loss, MAX_IN_FLIGHT, Owner, Role, SizeRule, StackId, Tally},
+    sampling,
 };
 
 /// Two calls whose stack pointers are nearer than this are on the same stack, the lower one
@@ -36,6 +38,9 @@ pub trait Books {
     fn tally(&mut self, tally: Tally);
     /// Reads a word of the current process's memory.
     fn read_word(&mut self, address: u64) -> Option<u64>;
+    /// Bytes from one recorded block to the next, on average; 0 where every block is.
+    fn sample_interval(&self) -> u64;
+    fn random(&mut self) -> u32;
 }
 
 /// Result of [`Books::put`].
@@ -72,7 +77,9 @@ pub struct InFlight {
     pub return_address: u64,
     /// The block taken aside; meaningful when `aside` is 1.
     pub old: Block,
-    pub aside: u64,
+    pub aside: u32,
+    /// 1 when the block that it makes is recorded.
+    pub chosen: u32,
 }
 
 /// A thread's calls in flight; the value of the thread map.
@@ -83,11 +90,13 @@ pub struct ThreadState {
     pub owner: Owner,
     /// How many of `calls` are in use.
     pub depth: u64,
+    /// Bytes until the next block that is chosen: see [`sampling::choose`].
+    pub until_sample: u64,
     pub calls: [InFlight; MAX_IN_FLIGHT],
 }
 
 const _: () = assert!(size_of::<InFlight>() == 80);
-const _: () = assert!(size_of::<ThreadState>() == 16 + 80 * MAX_IN_FLIGHT);
+const _: () = assert!(size_of::<ThreadState>() == 24 + 80 * MAX_IN_FLIGHT);
 const _: () = assert!(MAX_IN_FLIGHT.is_power_of_two());
 
 impl Default for ThreadState {
@@ -127,8 +136,9 @@ impl ThreadState {
             return_address: 0,
             old: Block { size_bytes: 0, born_ns: 0, stack: StackId(0) },
             aside: 0,
+            chosen: 0,
         };
-        Self { owner, depth: 0, calls: [NONE; MAX_IN_FLIGHT] }
+        Self { owner, depth: 0, until_sample: 0, calls: [NONE; MAX_IN_FLIGHT] }
     }
 
     /// The slot of the innermost call, in a form that the BPF verifier can bound.
@@ -250,9 +260,12 @@ pub fn enter(thread: &mut ThreadState, books: &mut impl Books, call: &Call) {
                 old = block;
                 aside = 1;
             }
-            None => books.tally(Tally::UnknownFrees),
+            None => unknown_free(books),
         }
     }
+    let interval = books.sample_interval();
+    let chosen = interval == 0
+        || sampling::choose(&mut thread.until_sample, size_bytes, interval, || books.random());
     thread.depth += 1;
     let slot = thread.innermost();
     let entry = &mut thread.calls[slot];
@@ -267,6 +280,15 @@ pub fn enter(thread: &mut ThreadState, books: &mut impl Books, call: &Call) {
     entry.return_address = return_address;
     entry.old = old;
     entry.aside = aside;
+    entry.chosen = u32::from(chosen);
+}
+
+/// A block is released that is not in the books: it is older than the session, or was not chosen.
+#[inline(always)]
+fn unknown_free(books: &mut impl Books) {
+    if books.sample_interval() == 0 {
+        books.tally(Tally::UnknownFrees);
+    }
 }
 
 /// A product and whether it fits, in 64-bit steps: BPF has no wider multiplication.
@@ -317,8 +339,14 @@ pub fn leave(
 
 #[inline(always)]
 fn settle(books: &mut impl Books, owner: Owner, call: &InFlight, result: u64) -> Option<Birth> {
+    if call.chosen | call.aside == 0 {
+        return None;
+    }
     let cookie = Cookie::unpack(call.cookie)?;
-    let birth = |address| Some(Birth { owner, address, size_bytes: call.size_bytes });
+    let birth = |address| {
+        let birth = Birth { owner, address, size_bytes: call.size_bytes };
+        (call.chosen != 0).then_some(birth)
+    };
     match cookie.role {
         Role::Allocate => {
             if result == 0 {
@@ -352,18 +380,24 @@ fn settle(books: &mut impl Books, owner: Owner, call: &InFlight, result: u64) ->
             if result == 0 { None } else { birth(result) }
         }
         Role::ResizeInPlace => {
-            if call.aside == 0 {
+            if result < call.size_bytes {
+                put_back(books, owner, call);
                 return None;
             }
-            if result >= call.size_bytes {
-                // The result counts the allocator's rounding, too.
-                let size_bytes = result.min(call.size_bytes.saturating_add(call.extra_bytes));
+            // The result counts the allocator's rounding, too.
+            let size_bytes = result.min(call.size_bytes.saturating_add(call.extra_bytes));
+            if call.aside != 0 {
                 books.freed(owner, call.old.stack, call.old.size_bytes);
+            }
+            if books.sample_interval() != 0 {
+                // A block of another size stands for others: its choice was made anew.
+                let birth = Birth { owner, address: call.pointer, size_bytes };
+                return (call.chosen != 0).then_some(birth);
+            }
+            if call.aside != 0 {
                 books.allocated(owner, call.old.stack, size_bytes);
                 let resized = InFlight { old: Block { size_bytes, ..call.old }, ..*call };
                 put_back(books, owner, &resized);
-            } else {
-                put_back(books, owner, call);
             }
             None
         }
@@ -406,7 +440,7 @@ pub fn free(thread: Option<&mut ThreadState>, books: &mut impl Books, owner: Own
     let key = BlockKey { owner, address: call.pointer };
     match books.take(&key) {
         Some(block) => books.freed(owner, block.stack, block.size_bytes),
-        None => books.tally(Tally::UnknownFrees),
+        None => unknown_free(books),
     }
 }
 

@@ -4,15 +4,16 @@ use core::intrinsics::AtomicOrdering;
 
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_NOEXIST},
-    helpers::bpf_probe_read_user,
+    helpers::{bpf_get_prandom_u32, bpf_probe_read_user},
 };
 use leakbpf_common::{
     abi::{Block, BlockKey, Loss, Owner, SiteCounters, SiteKey, StackId, Tally},
     ledger::{Books, NotPut, Put},
+    sampling::{self, Weight},
 };
 
 use crate::{
-    maps::{self, BLOCKS, SITES},
+    maps::{self, BLOCKS, SITES, settings},
     stack::Captured,
 };
 
@@ -40,6 +41,15 @@ fn add(counter: *mut u64, value: u64) {
     // SAFETY: the callers pass fields of live map values, which are 8-byte aligned.
     unsafe {
         core::intrinsics::atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, value);
+    }
+}
+
+/// What a recorded block adds to its site.
+#[inline(always)]
+fn weight(size_bytes: u64) -> Weight {
+    match settings::get(&settings::SAMPLE_INTERVAL) {
+        0 => Weight { bytes: size_bytes, count: 1 },
+        interval => sampling::weight(size_bytes, interval.into()),
     }
 }
 
@@ -103,8 +113,9 @@ impl Books for KernelBooks {
         if let Some(site) = site {
             // SAFETY: field addresses of a live map value.
             unsafe {
-                add(&raw mut (*site).allocated_bytes, size_bytes);
-                add(&raw mut (*site).allocated_count, 1);
+                let weight = weight(size_bytes);
+                add(&raw mut (*site).allocated_bytes, weight.bytes);
+                add(&raw mut (*site).allocated_count, weight.count);
             }
         }
     }
@@ -114,8 +125,9 @@ impl Books for KernelBooks {
         if let Some(site) = SITES.get_ptr_mut(SiteKey { owner, stack }) {
             // SAFETY: field addresses of a live map value.
             unsafe {
-                add(&raw mut (*site).freed_bytes, size_bytes);
-                add(&raw mut (*site).freed_count, 1);
+                let weight = weight(size_bytes);
+                add(&raw mut (*site).freed_bytes, weight.bytes);
+                add(&raw mut (*site).freed_count, weight.count);
             }
         }
     }
@@ -128,6 +140,17 @@ impl Books for KernelBooks {
     #[inline(always)]
     fn tally(&mut self, tally: Tally) {
         maps::tally(tally);
+    }
+
+    #[inline(always)]
+    fn sample_interval(&self) -> u64 {
+        settings::get(&settings::SAMPLE_INTERVAL).into()
+    }
+
+    #[inline(always)]
+    fn random(&mut self) -> u32 {
+        // SAFETY: the helper has no preconditions.
+        unsafe { bpf_get_prandom_u32() }
     }
 
     #[inline(always)]

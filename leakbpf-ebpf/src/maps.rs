@@ -169,6 +169,10 @@ pub mod settings {
     #[unsafe(no_mangle)]
     pub static EVENT_FLAGS: u32 = 0;
 
+    /// Bytes from one recorded block to the next, on average; 0 records every block.
+    #[unsafe(no_mangle)]
+    pub static SAMPLE_INTERVAL: u32 = 0;
+
     /// Reads a setting; volatile, because the agent changes what the compiler sees as a constant.
     #[inline(always)]
     pub fn get(setting: &'static u32) -> u32 {

@@ -43,6 +43,8 @@ pub struct Settings {
     pub return_instances: Option<ReturnInstances>,
     /// What is seen are pages instead of allocator functions.
     pub pages: Option<PageChoice>,
+    /// Bytes from one recorded block to the next, on average; 0 records every block.
+    pub sample_interval_bytes: u32,
 }
 
 /// Which pages are looked at.
@@ -253,6 +255,7 @@ impl Kernel {
             .override_global("PAGE_SEED", &choice.seed, true)
             .override_global("PAGE_LIMIT", &page_limit, true)
             .override_global("EVENT_FLAGS", &event_flags, true)
+            .override_global("SAMPLE_INTERVAL", &settings.sample_interval_bytes, true)
             .map_max_entries("BLOCKS", settings.max_blocks);
         let mut ebpf = loader.load(OBJECT).map_err(load_error)?;
         let counts = PerCpuArray::try_from(take_map(&mut ebpf, "COUNTS")?).map_err(load_error)?;
@@ -363,7 +366,8 @@ impl Kernel {
         Ok(MappingEvents::Tracepoints)
     }
 
-    fn attach_mapping_functions(&mut self) -> Result<(), KernelError> {
+    /// As [`Self::attach_mapping_events`], by the kernel's functions only.
+    pub fn attach_mapping_functions(&mut self) -> Result<(), KernelError> {
         let btf = Btf::from_sys_fs().map_err(load_error)?;
         let failed = |program| {
             move |error: aya::programs::ProgramError| KernelError::Program {

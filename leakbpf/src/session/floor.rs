@@ -44,6 +44,7 @@ pub fn place(pid: u32, naive: bool) -> Result<Floor, SessionError> {
         exec_old_pid_offset: 0,
         return_instances: None,
         pages: None,
+        sample_interval_bytes: 0,
     })?;
     let maps = Maps::of(Pid(pid))?;
     let mut links = Vec::new();

@@ -50,7 +50,7 @@ use crate::{
         select::{SelectError, Selector, select},
         target, tracefs,
     },
-    profile::{Mode, Profile, Symbol},
+    profile::{Mode, Profile, SiteKind, Symbol},
     recording::{self, SessionFacts},
     report::{self, ReportFile, ReportOptions},
     symbolize::perf_map::PerfMap,
@@ -106,7 +106,7 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
     let descriptors = limits::raise_open_files();
     let host = host::observe();
     let checks = match config.mode {
-        Mode::Exact => preflight::host::judge(&host),
+        Mode::Exact | Mode::Sample { .. } => preflight::host::judge(&host),
         Mode::Pages { .. } => preflight::host::judge_for_pages(&host),
     };
     preflight::Report { checks }.refuse_failures()?;
@@ -123,6 +123,9 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
     kernel.attach_process_events()?;
     let mapping_events = match config.mode {
         Mode::Exact => Some(kernel.attach_mapping_events()),
+        Mode::Sample { .. } => {
+            Some(kernel.attach_mapping_functions().map(|()| MappingEvents::Functions))
+        }
         Mode::Pages { .. } => {
             kernel.attach_page_faults(&host::online_cpus())?;
             None
@@ -134,7 +137,7 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
     let plans = Plans::new(planner);
     let mappings = matches!(mapping_events, Some(Ok(_)));
     let max_pages = match config.mode {
-        Mode::Exact => None,
+        Mode::Exact | Mode::Sample { .. } => None,
         Mode::Pages { .. } => Some(config.max_blocks as usize),
     };
     let mut watch = Watch::new(kernel, plans, system_wide, mappings, max_pages, exits);
@@ -151,6 +154,12 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
             None,
             "mappings are seen through system call tracepoints, which slow every system call of \
              the machine down a little: the kernel refuses programs on its functions (fentry)"
+                .to_owned(),
+        ),
+        Some(Err(_)) if config.mode.estimates() => watch.note(
+            None,
+            "mappings are not counted: without programs on its functions (fentry), this kernel \
+             shows them only by slowing every system call of the machine down"
                 .to_owned(),
         ),
         Some(Err(error)) => {
@@ -234,7 +243,7 @@ fn admit(
     for pid in pids {
         let checks = match target::observe(pid, false) {
             Ok(facts) => match mode {
-                Mode::Exact => preflight::target::judge(&facts, host),
+                Mode::Exact | Mode::Sample { .. } => preflight::target::judge(&facts, host),
                 Mode::Pages { .. } => preflight::target::judge_for_pages(&facts),
             },
             Err(error) if matches!(selector, Selector::Pids(_)) => return Err(error.into()),
@@ -295,8 +304,12 @@ fn settings(config: &Config) -> Result<Settings, SessionError> {
         exec_old_pid_offset: field_offset("sched/sched_process_exec", "old_pid")?,
         return_instances: host::kernel_types().as_deref().and_then(ReturnInstances::find),
         pages: match config.mode {
-            Mode::Exact => None,
+            Mode::Exact | Mode::Sample { .. } => None,
             Mode::Pages { one_in } => Some(PageChoice { interval: one_in, seed: seed() }),
+        },
+        sample_interval_bytes: match config.mode {
+            Mode::Sample { interval_bytes } => interval_bytes,
+            Mode::Exact | Mode::Pages { .. } => 0,
         },
     })
 }
@@ -324,7 +337,7 @@ fn announce(attached: &Attached, watch: &Watch, config: &Config, started: Instan
         .find(|life| life.pid() == attached.pid)
         .map_or("", |life| life.process.comm.as_str());
     let what = match config.mode {
-        Mode::Exact => format!("{} functions", attached.functions),
+        Mode::Exact | Mode::Sample { .. } => format!("{} functions", attached.functions),
         Mode::Pages { one_in: 1 } => "every page".to_owned(),
         Mode::Pages { one_in } => format!("1 in {one_in} pages"),
     };
@@ -334,7 +347,8 @@ fn announce(attached: &Attached, watch: &Watch, config: &Config, started: Instan
         report::printable(comm),
         started.elapsed().as_millis()
     );
-    if config.mode == Mode::Exact && attached.functions == 0 && watch.probes() == 0 {
+    let places_probes = !matches!(config.mode, Mode::Pages { .. });
+    if places_probes && attached.functions == 0 && watch.probes() == 0 {
         let looked_at: Vec<String> = attached
             .looked_at
             .iter()
@@ -449,7 +463,7 @@ impl Session<'_> {
                         break;
                     }
                 }
-                _ = look.tick(), if self.config.mode.estimates() => {
+                _ = look.tick(), if matches!(self.config.mode, Mode::Pages { .. }) => {
                     self.drain();
                     self.watch.look_at_pages(false);
                 }
@@ -495,9 +509,9 @@ impl Session<'_> {
 
     fn live_bytes(&self) -> Result<u64, SessionError> {
         let mut live = 0u64;
-        let one_in = u64::from(self.config.mode.one_in());
+        let mode = self.config.mode;
         for page in self.watch.lives.iter().flat_map(|life| life.pages.live()) {
-            live = live.saturating_add(page.length_bytes.saturating_mul(one_in));
+            live = live.saturating_add(mode.weight(SiteKind::Resident, page.length_bytes).bytes);
         }
         for entry in self.watch.kernel.sites.walk() {
             let (_, site) = entry.map_err(|source| KernelError::Map { map: "SITES", source })?;
@@ -513,7 +527,9 @@ impl Session<'_> {
             return Ok(());
         }
         let filter = self.config.filter;
-        fold::fold(&mut self.watch, &mut self.sites, &mut self.groups, filter, monotonic_ns())?;
+        let mode = self.config.mode;
+        let now_ns = monotonic_ns();
+        fold::fold(&mut self.watch, &mut self.sites, &mut self.groups, mode, filter, now_ns)?;
         // A walk takes as long as there are blocks of others: no more than a twentieth of the time.
         self.next_fold = Instant::now() + began.elapsed() * 20;
         Ok(())
@@ -566,7 +582,7 @@ impl Session<'_> {
         let watch = &mut self.watch;
         watch.listed = watch.lives.len();
         let mut census = self.sites.census(
-            self.config.mode.one_in(),
+            self.config.mode,
             &watch.kernel,
             &watch.lives,
             &watch.by_owner,

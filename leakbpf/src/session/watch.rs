@@ -283,7 +283,11 @@ impl Watch {
                 self.seen(seen.head.owner);
             }
             Record::Unmapped(unmapped) => self.unmapped(&unmapped),
-            Record::FirstThreadEnded(head) => self.headless.push((head.owner, Instant::now())),
+            Record::FirstThreadEnded(head) => {
+                if self.max_pages.is_none() {
+                    self.headless.push((head.owner, Instant::now()));
+                }
+            }
             Record::Page(page) => self.touched(&page),
         }
     }
@@ -429,7 +433,7 @@ impl Watch {
             self.seen_late(pid, "got no probes: too many children come and go");
             return;
         }
-        if exec.old_tid == exec.head.tid {
+        if exec.old_tid == exec.head.tid || self.max_pages.is_some() {
             let _ = self.place(pid, &maps);
         } else {
             self.move_probes(pid, &maps);
