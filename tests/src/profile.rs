@@ -36,6 +36,9 @@ pub struct Totals {
     pub allocated_count: u64,
     pub freed_bytes: u64,
     pub freed_count: u64,
+    /// Where modes estimate: what holds the truth in 95 of 100 cases.
+    pub live_bytes_interval: Option<[u64; 2]>,
+    pub live_count_interval: Option<[u64; 2]>,
 }
 
 #[derive(Debug, Clone, Deserialize)]
