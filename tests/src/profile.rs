@@ -11,10 +11,19 @@ pub struct Profile {
     pub duration_ns: u64,
     pub processes: Vec<Process>,
     pub totals: Totals,
+    pub estimate: Option<Estimate>,
     pub losses: BTreeMap<String, u64>,
     pub sites: Vec<Site>,
     #[serde(default)]
     pub blocks: Vec<Block>,
+}
+
+/// How the numbers came to be, where they are no exact ones.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Estimate {
+    pub unit: String,
+    pub one_in: u64,
+    pub confidence_percent: u64,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -32,6 +41,8 @@ pub struct Process {
 pub struct Totals {
     pub live_bytes: u64,
     pub live_count: u64,
+    #[serde(default)]
+    pub live_bytes_interval: Option<[u64; 2]>,
     pub allocated_bytes: u64,
     pub allocated_count: u64,
     pub freed_bytes: u64,

@@ -622,6 +622,8 @@ impl Session<'_> {
         self.watch.kernel.detach_page_faults();
         self.drain();
         self.watch.look_at_pages(true);
+        // For those that were not there when they were looked at first.
+        self.watch.look_at_pages(true);
         let mut profile = self.profile(true, now_ns)?;
         let filter = self.config.filter;
         let outstanding = self.sites.outstanding(

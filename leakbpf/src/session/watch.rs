@@ -125,6 +125,10 @@ impl Watch {
 
     /// Counts from now on.
     pub fn begin(&mut self) -> Result<(), SessionError> {
+        // Placing probes takes longer than that; without any, the first stacks would find no rows.
+        if self.max_pages.is_some() {
+            self.kernel.unwind.wait_until_loaded();
+        }
         self.began_ns = monotonic_ns();
         self.kernel.enable(true)?;
         Ok(())
