@@ -13,6 +13,7 @@ pub struct Profile {
     pub totals: Totals,
     pub estimate: Option<Estimate>,
     pub losses: BTreeMap<String, u64>,
+    pub events: Vec<ReportedEvent>,
     pub sites: Vec<Site>,
     #[serde(default)]
     pub blocks: Vec<Block>,
@@ -35,6 +36,13 @@ pub struct Process {
     pub cgroup: String,
     /// How this life of the process ended, when it did.
     pub end: Option<String>,
+}
+
+/// Something that happened during the session.
+#[derive(Debug, Clone, Deserialize)]
+pub struct ReportedEvent {
+    pub pid: Option<u32>,
+    pub text: String,
 }
 
 #[derive(Debug, Clone, Copy, Deserialize)]

@@ -91,6 +91,14 @@ __attribute__((noinline)) static void only_reads(int count, char **arguments) {
     touch(shared, bytes);
 }
 
+/* Without a fault. */
+static void moves(int count, char **arguments) {
+    size_t bytes = mebibytes(count, arguments);
+    char *start = map(bytes), *room = map(bytes);
+    touch(start, bytes);
+    require(mremap(start, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, room) == room);
+}
+
 /* A child that holds memory of its own until it is told to end. */
 static int child_input = -1;
 static pid_t child;
@@ -127,7 +135,8 @@ int main(void) {
         {"releases", releases},     {"churns", churns},
         {"keeps_huge", keeps_huge}, {"has_filled", has_filled},
         {"only_reads", only_reads}, {"child_keeps", child_keeps},
-        {"child_ends", child_ends}, {NULL, NULL},
+        {"child_ends", child_ends}, {"moves", moves},
+        {NULL, NULL},
     };
     return converse(scenarios);
 }

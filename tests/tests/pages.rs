@@ -196,6 +196,23 @@ fn a_program_that_is_started_is_watched_through_its_execve() {
 }
 
 #[test]
+fn memory_that_is_not_explained_is_told_of() {
+    let mut target = Target::start(&c_program("pages", Allocator::Glibc));
+    let told = |profile: &Profile| profile.events.iter().any(|event| event.text.contains("mremap"));
+    let (profile, _) = {
+        let session = watch(&target);
+        grown(&mut target, session, &["keeps 64"])
+    };
+    assert!(!told(&profile), "{:?}", profile.events);
+    let (profile, grown) = {
+        let session = watch(&target);
+        grown(&mut target, session, &["moves 64"])
+    };
+    assert!(grown >= 64 * MIB && profile.totals.live_bytes < 32 * MIB);
+    assert!(told(&profile), "{:?}", profile.events);
+}
+
+#[test]
 fn when_there_is_no_room_pages_are_counted_as_lost() {
     let mut target = Target::start(&c_program("pages", Allocator::Glibc));
     let session = record().pid(target.pid()).argument("--max-blocks").argument("100").start();

@@ -624,6 +624,7 @@ impl Session<'_> {
         self.watch.look_at_pages(true);
         // For those that were not there when they were looked at first.
         self.watch.look_at_pages(true);
+        self.watch.compare_with_the_kernels_account(self.config.mode.one_in());
         let mut profile = self.profile(true, now_ns)?;
         let filter = self.config.filter;
         let outstanding = self.sites.outstanding(
