@@ -167,7 +167,7 @@ fn what_the_kernel_touches_belongs_to_who_asked_it_to() {
 }
 
 #[test]
-fn a_forked_child_has_books_of_its_own_and_keeps_them_at_its_end() {
+fn a_forked_child_has_books_of_its_own_that_outlive_it() {
     let mut target = Target::start(&c_program("pages", Allocator::Glibc));
     let session = watch(&target);
     target.run("keeps 50");
@@ -179,8 +179,6 @@ fn a_forked_child_has_books_of_its_own_and_keeps_them_at_its_end() {
     profile.assert_no_losses();
     assert_within_a_tenth("child", held_by(&profile, child, "child_keeps"), 100 * MIB, &profile);
     assert_within_a_tenth("parent", held_by(&profile, target.pid(), "keeps"), 50 * MIB, &profile);
-    let life = profile.processes.iter().find(|process| process.pid == child).expect("listed");
-    assert_eq!(life.end.as_deref(), Some("exited"));
 }
 
 #[test]

@@ -307,11 +307,14 @@ impl Watch {
         }
         let mut unreadable = Vec::new();
         for life in self.lives.iter_mut().filter(|life| all || life.pages.has_fresh()) {
-            let Some(pagemap) = life.pagemap.as_mut() else { continue };
+            let Some(pagemap) = life.pagemap.as_mut() else {
+                life.end_pages();
+                continue;
+            };
             match life.pages.look(all, |pages| pagemap.scan(pages)) {
                 Ok(()) => {}
-                // Its end will be told; what it held is known as of the last look.
-                Err(PagemapError::Gone) => life.pagemap = None,
+                // Its end will be told. What it held is known as of the last look.
+                Err(PagemapError::Gone) => life.end_pages(),
                 Err(PagemapError::Unreadable(error)) => {
                     life.pagemap = None;
                     let text = format!("what it gives back is not seen any more: {error}");
