@@ -357,7 +357,8 @@ pub enum RecordKind {
     Libraries = 5,
     Seen = 6,
     Unmapped = 7,
-    Page = 8,
+    FirstThreadEnded = 8,
+    Page = 9,
 }
 
 /// Head of every ring buffer record.
@@ -445,7 +446,8 @@ pub struct ExecRecord {
     pub old: Owner,
     /// [`process_flags`] before.
     pub old_flags: u32,
-    pub pad: u32,
+    /// The thread that called it; another than `head.tid` has taken the first one's place.
+    pub old_tid: u32,
 }
 
 /// Libraries came or went, or (`Seen`) a process was met for the first time.

@@ -6,10 +6,12 @@
 //! - a free takes the block out before the allocator has it back, an allocation puts it in after
 //!   the allocator has given it away, so that no other thread can be confused with this one;
 //! - `realloc` takes the old block aside and puts it back when the call failed;
-//! - a call that never returned (`longjmp`, an exception) is recognised by its stack pointer.
+//! - a call that never returned (`longjmp`, an exception) is recognised by its stack pointer;
+//! - where blocks are sampled, the choice is made when the call begins, by its size.
 
-use crate::abi::{
-    Block, BlockKey, Cookie, Loss, MAX_IN_FLIGHT, Owner, Role, SizeRule, StackId, Tally,
+use crate::{
+    abi::{Block, BlockKey, Cookie, Loss, MAX_IN_FLIGHT, Owner, Role, SizeRule, StackId, Tally},
+    sampling,
 };
 
 /// Two calls whose stack pointers are nearer than this are on the same stack, the lower one
@@ -36,6 +38,9 @@ pub trait Books {
     fn tally(&mut self, tally: Tally);
     /// Reads a word of the current process's memory.
     fn read_word(&mut self, address: u64) -> Option<u64>;
+    /// Bytes from one recorded block to the next, on average; 0 where every block is.
+    fn sample_interval(&self) -> u64;
+    fn random(&mut self) -> u32;
 }
 
 /// Result of [`Books::put`].
@@ -56,7 +61,7 @@ pub enum NotPut {
 
 /// One allocator call that has begun and not returned.
 #[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct InFlight {
     /// At the function's entry, pointing to the return address.
     pub stack_pointer: u64,
@@ -70,36 +75,39 @@ pub struct InFlight {
     pub cookie: u64,
     /// Where it returns to; 0 when a return probe takes that place.
     pub return_address: u64,
-    pub owner: Owner,
     /// The block taken aside; meaningful when `aside` is 1.
     pub old: Block,
-    pub aside: u64,
+    pub aside: u32,
+    /// 1 when the block that it makes is recorded.
+    pub chosen: u32,
 }
 
 /// A thread's calls in flight; the value of the thread map.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ThreadState {
+    /// Whose memory the calls work on. A thread that gets other memory (`execve`) gets another state.
+    pub owner: Owner,
     /// How many of `calls` are in use.
     pub depth: u64,
+    /// Bytes until the next block that is chosen: see [`sampling::choose`].
+    pub until_sample: u64,
     pub calls: [InFlight; MAX_IN_FLIGHT],
 }
 
-const _: () = assert!(size_of::<InFlight>() == 88);
-const _: () = assert!(size_of::<ThreadState>() == 8 + 88 * MAX_IN_FLIGHT);
+const _: () = assert!(size_of::<InFlight>() == 80);
+const _: () = assert!(size_of::<ThreadState>() == 24 + 80 * MAX_IN_FLIGHT);
 const _: () = assert!(MAX_IN_FLIGHT.is_power_of_two());
 
-/// An all-zero state is a thread with nothing in flight.
 impl Default for ThreadState {
     fn default() -> Self {
-        Self { depth: 0, calls: [InFlight::default(); MAX_IN_FLIGHT] }
+        Self::new(Owner::default())
     }
 }
 
 /// The operands of a call, as read at its site.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Call {
-    pub owner: Owner,
     pub cookie: Cookie,
     /// At the function's entry.
     pub stack_pointer: u64,
@@ -117,6 +125,22 @@ pub struct Birth {
 }
 
 impl ThreadState {
+    /// Nothing in flight.
+    pub const fn new(owner: Owner) -> Self {
+        const NONE: InFlight = InFlight {
+            stack_pointer: 0,
+            size_bytes: 0,
+            extra_bytes: 0,
+            pointer: 0,
+            cookie: 0,
+            return_address: 0,
+            old: Block { size_bytes: 0, born_ns: 0, stack: StackId(0) },
+            aside: 0,
+            chosen: 0,
+        };
+        Self { owner, depth: 0, until_sample: 0, calls: [NONE; MAX_IN_FLIGHT] }
+    }
+
     /// The slot of the innermost call, in a form that the BPF verifier can bound.
     #[inline(always)]
     fn innermost(&self) -> usize {
@@ -133,7 +157,7 @@ impl ThreadState {
         let mut turn = 0;
         while turn < MAX_IN_FLIGHT && self.depth != 0 {
             turn += 1;
-            let top = self.calls[self.innermost()];
+            let top = &self.calls[self.innermost()];
             if stack_pointer <= top.stack_pointer {
                 if top.stack_pointer - stack_pointer >= NESTING_BYTES {
                     return false;
@@ -141,7 +165,7 @@ impl ThreadState {
                 // Functions whose end is probed in place are never jumped to by one another: the
                 // same return address at the same place is the same caller, calling again.
                 let again = stack_pointer == top.stack_pointer && top.return_address != 0;
-                if !again && returns_to_probe(books, &top) {
+                if !again && returns_to_probe(books, top) {
                     return true;
                 }
             } else if stack_pointer - top.stack_pointer >= UNWOUND_BYTES {
@@ -156,9 +180,9 @@ impl ThreadState {
     /// program's.
     #[inline(always)]
     fn abandon(&mut self, books: &mut impl Books) {
-        let call = self.calls[self.innermost()];
+        let slot = self.innermost();
         self.depth -= 1;
-        put_back(books, &call);
+        put_back(books, self.owner, &self.calls[slot]);
         books.tally(Tally::AbandonedCalls);
     }
 
@@ -192,9 +216,9 @@ fn returns_to_probe(books: &mut impl Books, call: &InFlight) -> bool {
 }
 
 #[inline(always)]
-fn put_back(books: &mut impl Books, call: &InFlight) {
+fn put_back(books: &mut impl Books, owner: Owner, call: &InFlight) {
     if call.aside != 0 {
-        let key = BlockKey { owner: call.owner, address: call.pointer };
+        let key = BlockKey { owner, address: call.pointer };
         let loss = match books.put_new(&key, &call.old) {
             Ok(()) => return,
             // Another thread has released it while it was aside, and its address is in use again.
@@ -202,7 +226,7 @@ fn put_back(books: &mut impl Books, call: &InFlight) {
             Err(NotPut::Full) => Loss::BlocksFull,
         };
         books.lost(loss);
-        books.freed(call.owner, call.old.stack, call.old.size_bytes);
+        books.freed(owner, call.old.stack, call.old.size_bytes);
     }
 }
 
@@ -230,15 +254,18 @@ pub fn enter(thread: &mut ThreadState, books: &mut impl Books, call: &Call) {
     let mut aside = 0;
     let replaces = matches!(call.cookie.role, Role::Reallocate | Role::ResizeInPlace);
     if replaces && call.pointer != 0 && fits {
-        let key = BlockKey { owner: call.owner, address: call.pointer };
+        let key = BlockKey { owner: thread.owner, address: call.pointer };
         match books.take(&key) {
             Some(block) => {
                 old = block;
                 aside = 1;
             }
-            None => books.tally(Tally::UnknownFrees),
+            None => unknown_free(books),
         }
     }
+    let interval = books.sample_interval();
+    let chosen = interval == 0
+        || sampling::choose(&mut thread.until_sample, size_bytes, interval, || books.random());
     thread.depth += 1;
     let slot = thread.innermost();
     let entry = &mut thread.calls[slot];
@@ -251,9 +278,17 @@ pub fn enter(thread: &mut ThreadState, books: &mut impl Books, call: &Call) {
     entry.pointer = call.pointer;
     entry.cookie = call.cookie.pack();
     entry.return_address = return_address;
-    entry.owner = call.owner;
     entry.old = old;
     entry.aside = aside;
+    entry.chosen = u32::from(chosen);
+}
+
+/// A block is released that is not in the books: it is older than the session, or was not chosen.
+#[inline(always)]
+fn unknown_free(books: &mut impl Books) {
+    if books.sample_interval() == 0 {
+        books.tally(Tally::UnknownFrees);
+    }
 }
 
 /// A product and whether it fits, in 64-bit steps: BPF has no wider multiplication.
@@ -270,7 +305,7 @@ fn overflowing_product(first: u64, second: u64) -> (u64, bool) {
     (product, cross >> 32 == 0 && product >= low)
 }
 
-/// A call returns `result`; `stack_pointer` is that of its entry. The block that it made, if any,
+/// A call of a process that is now `owner` returns `result`; `stack_pointer` is that of its entry. The block that it made, if any,
 /// goes to [`born`] once its stack is known.
 #[inline(always)]
 pub fn leave(
@@ -280,13 +315,17 @@ pub fn leave(
     stack_pointer: u64,
     result: u64,
 ) -> Option<Birth> {
+    if thread.owner != owner {
+        return None;
+    }
     let mut turn = 0;
     while turn < MAX_IN_FLIGHT && thread.depth != 0 {
         turn += 1;
-        let call = thread.calls[thread.innermost()];
-        if call.stack_pointer == stack_pointer && call.owner == owner {
+        let slot = thread.innermost();
+        let call = &thread.calls[slot];
+        if call.stack_pointer == stack_pointer {
             thread.depth -= 1;
-            return settle(books, &call, result);
+            return settle(books, thread.owner, &thread.calls[slot], result);
         }
         // A call that is still running lies above; only what lies below was left behind.
         if call.stack_pointer > stack_pointer || stack_pointer - call.stack_pointer >= UNWOUND_BYTES
@@ -299,9 +338,15 @@ pub fn leave(
 }
 
 #[inline(always)]
-fn settle(books: &mut impl Books, call: &InFlight, result: u64) -> Option<Birth> {
+fn settle(books: &mut impl Books, owner: Owner, call: &InFlight, result: u64) -> Option<Birth> {
+    if call.chosen | call.aside == 0 {
+        return None;
+    }
     let cookie = Cookie::unpack(call.cookie)?;
-    let birth = |address| Some(Birth { owner: call.owner, address, size_bytes: call.size_bytes });
+    let birth = |address| {
+        let birth = Birth { owner, address, size_bytes: call.size_bytes };
+        (call.chosen != 0).then_some(birth)
+    };
     match cookie.role {
         Role::Allocate => {
             if result == 0 {
@@ -327,26 +372,32 @@ fn settle(books: &mut impl Books, call: &InFlight, result: u64) -> Option<Birth>
             let released = result != 0 || call.size_bytes == 0 || cookie.frees_on_failure;
             if released {
                 if call.aside != 0 {
-                    books.freed(call.owner, call.old.stack, call.old.size_bytes);
+                    books.freed(owner, call.old.stack, call.old.size_bytes);
                 }
             } else {
-                put_back(books, call);
+                put_back(books, owner, call);
             }
             if result == 0 { None } else { birth(result) }
         }
         Role::ResizeInPlace => {
-            if call.aside == 0 {
+            if result < call.size_bytes {
+                put_back(books, owner, call);
                 return None;
             }
-            if result >= call.size_bytes {
-                // The result counts the allocator's rounding, too.
-                let size_bytes = result.min(call.size_bytes.saturating_add(call.extra_bytes));
-                books.freed(call.owner, call.old.stack, call.old.size_bytes);
-                books.allocated(call.owner, call.old.stack, size_bytes);
+            // The result counts the allocator's rounding, too.
+            let size_bytes = result.min(call.size_bytes.saturating_add(call.extra_bytes));
+            if call.aside != 0 {
+                books.freed(owner, call.old.stack, call.old.size_bytes);
+            }
+            if books.sample_interval() != 0 {
+                // A block of another size stands for others: its choice was made anew.
+                let birth = Birth { owner, address: call.pointer, size_bytes };
+                return (call.chosen != 0).then_some(birth);
+            }
+            if call.aside != 0 {
+                books.allocated(owner, call.old.stack, size_bytes);
                 let resized = InFlight { old: Block { size_bytes, ..call.old }, ..*call };
-                put_back(books, &resized);
-            } else {
-                put_back(books, call);
+                put_back(books, owner, &resized);
             }
             None
         }
@@ -374,9 +425,9 @@ pub fn born(books: &mut impl Books, birth: &Birth, stack: StackId, now_ns: u64) 
     books.allocated(birth.owner, stack, birth.size_bytes);
 }
 
-/// A block is about to be released. `thread` is absent when the thread never allocated.
+/// A block of `owner` is about to be released. `thread` is absent when the thread never allocated.
 #[inline(always)]
-pub fn free(thread: Option<&mut ThreadState>, books: &mut impl Books, call: &Call) {
+pub fn free(thread: Option<&mut ThreadState>, books: &mut impl Books, owner: Owner, call: &Call) {
     if call.pointer == 0 {
         return;
     }
@@ -386,10 +437,10 @@ pub fn free(thread: Option<&mut ThreadState>, books: &mut impl Books, call: &Cal
     {
         return;
     }
-    let key = BlockKey { owner: call.owner, address: call.pointer };
+    let key = BlockKey { owner, address: call.pointer };
     match books.take(&key) {
-        Some(block) => books.freed(call.owner, block.stack, block.size_bytes),
-        None => books.tally(Tally::UnknownFrees),
+        Some(block) => books.freed(owner, block.stack, block.size_bytes),
+        None => unknown_free(books),
     }
 }
 

@@ -7,5 +7,6 @@
 pub mod abi;
 pub mod ledger;
 pub mod pages;
+pub mod sampling;
 pub mod table;
 pub mod unwind;

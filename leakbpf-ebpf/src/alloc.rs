@@ -12,7 +12,7 @@ use aya_ebpf::{
     programs::{ProbeContext, RetProbeContext},
 };
 use leakbpf_common::{
-    abi::{Cookie, Loss, RegisterSlot, Tally},
+    abi::{Cookie, Loss, Owner, RegisterSlot, Tally},
     ledger::{self, Call, ThreadState},
     unwind::Registers,
 };
@@ -24,24 +24,7 @@ use crate::{
 };
 
 /// A thread with nothing in flight. In read-only data: it would fill half of a BPF stack.
-static IDLE: ThreadState = ThreadState {
-    depth: 0,
-    calls: [leakbpf_common::ledger::InFlight {
-        stack_pointer: 0,
-        size_bytes: 0,
-        extra_bytes: 0,
-        pointer: 0,
-        cookie: 0,
-        return_address: 0,
-        owner: leakbpf_common::abi::Owner(0),
-        old: leakbpf_common::abi::Block {
-            size_bytes: 0,
-            born_ns: 0,
-            stack: leakbpf_common::abi::StackId(0),
-        },
-        aside: 0,
-    }; leakbpf_common::abi::MAX_IN_FLIGHT],
-};
+static IDLE: ThreadState = ThreadState::new(Owner(0));
 
 /// An allocation, reallocation or resize begins.
 #[uprobe]
@@ -101,30 +84,33 @@ fn register(regs: *const pt_regs, slot: RegisterSlot) -> u64 {
     }
 }
 
+/// What the current thread has in flight, when its process is part of the session.
 #[inline(always)]
 fn thread_state(pid_tgid: u64) -> Option<&'static mut ThreadState> {
-    let state = match THREADS.get_ptr_mut(pid_tgid) {
-        Some(state) => state,
-        None => {
-            let _ = THREADS.insert(pid_tgid, &IDLE, BPF_NOEXIST as u64);
-            match THREADS.get_ptr_mut(pid_tgid) {
-                Some(state) => state,
-                None => {
-                    maps::lost(Loss::ThreadsFull);
-                    return None;
-                }
-            }
+    if let Some(state) = THREADS.get_ptr_mut(pid_tgid) {
+        // SAFETY: only the thread itself writes its state.
+        return Some(unsafe { &mut *state });
+    }
+    let process = processes::watched((pid_tgid >> 32) as u32)?;
+    let _ = THREADS.insert(pid_tgid, &IDLE, BPF_NOEXIST as u64);
+    match THREADS.get_ptr_mut(pid_tgid) {
+        Some(state) => {
+            // SAFETY: as above.
+            let state = unsafe { &mut *state };
+            state.owner = process.owner;
+            Some(state)
         }
-    };
-    // SAFETY: only the thread itself writes its state.
-    Some(unsafe { &mut *state })
+        None => {
+            maps::lost(Loss::ThreadsFull);
+            None
+        }
+    }
 }
 
 #[inline(always)]
-fn call(ctx: &ProbeContext, cookie: Cookie, owner: leakbpf_common::abi::Owner) -> Call {
+fn call(ctx: &ProbeContext, cookie: Cookie) -> Call {
     let regs = ctx.regs;
     Call {
-        owner,
         cookie,
         // SAFETY: `regs` is the program's context.
         stack_pointer: unsafe { (*regs).rsp } + u64::from(cookie.stack_distance),
@@ -134,19 +120,22 @@ fn call(ctx: &ProbeContext, cookie: Cookie, owner: leakbpf_common::abi::Owner) -
     }
 }
 
+/// What the probe's function does.
+#[inline(always)]
+fn cookie(ctx: &ProbeContext) -> Option<Cookie> {
+    // SAFETY: the context is a uprobe's.
+    Cookie::unpack(unsafe { bpf_get_attach_cookie(ctx.as_ptr()) })
+}
+
 #[inline(always)]
 fn begin(ctx: &ProbeContext) -> Option<()> {
     if !maps::enabled() {
         return None;
     }
-    let pid_tgid = bpf_get_current_pid_tgid();
-    let process = processes::watched((pid_tgid >> 32) as u32)?;
+    let thread = thread_state(bpf_get_current_pid_tgid())?;
     maps::tally(Tally::Hits);
-    // SAFETY: the context is a uprobe's.
-    let cookie = Cookie::unpack(unsafe { bpf_get_attach_cookie(ctx.as_ptr()) })?;
-    let call = call(ctx, cookie, process.owner);
-    let thread = thread_state(pid_tgid)?;
-    ledger::enter(thread, &mut KernelBooks, &call);
+    let call = call(ctx, cookie(ctx)?);
+    ledger::enter(thread, &mut KernelBooks::new(), &call);
     Some(())
 }
 
@@ -156,15 +145,15 @@ fn release(ctx: &ProbeContext) -> Option<()> {
         return None;
     }
     let pid_tgid = bpf_get_current_pid_tgid();
-    let process = processes::watched((pid_tgid >> 32) as u32)?;
-    maps::tally(Tally::Hits);
-    // SAFETY: the context is a uprobe's.
-    let cookie = Cookie::unpack(unsafe { bpf_get_attach_cookie(ctx.as_ptr()) })?;
-    let call = call(ctx, cookie, process.owner);
-    let thread = THREADS.get_ptr_mut(pid_tgid);
     // SAFETY: only the thread itself writes its state.
-    let thread = thread.map(|state| unsafe { &mut *state });
-    ledger::free(thread, &mut KernelBooks, &call);
+    let thread = THREADS.get_ptr_mut(pid_tgid).map(|state| unsafe { &mut *state });
+    let owner = match &thread {
+        Some(thread) => thread.owner,
+        None => processes::watched((pid_tgid >> 32) as u32)?.owner,
+    };
+    maps::tally(Tally::Hits);
+    let call = call(ctx, cookie(ctx)?);
+    ledger::free(thread, &mut KernelBooks::new(), owner, &call);
     Some(())
 }
 
@@ -223,9 +212,11 @@ fn settle(ended: impl FnOnce() -> Option<Return>) -> Option<()> {
     }
     let process = processes::watched((pid_tgid >> 32) as u32)?;
     let Return { result, stack_pointer, registers } = ended()?;
-    let birth = ledger::leave(thread, &mut KernelBooks, process.owner, stack_pointer, result)?;
-    let stack = stack::capture(process.owner, process.library_epoch, &registers);
+    let mut books = KernelBooks::new();
+    let birth = ledger::leave(thread, &mut books, process.owner, stack_pointer, result)?;
+    let captured = stack::capture(process.owner, process.library_epoch, &registers);
+    books.remember(&captured);
     // SAFETY: the helper has no preconditions.
-    ledger::born(&mut KernelBooks, &birth, stack, unsafe { bpf_ktime_get_ns() });
+    ledger::born(&mut books, &birth, captured.stack, unsafe { bpf_ktime_get_ns() });
     Some(())
 }

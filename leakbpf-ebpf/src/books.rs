@@ -4,16 +4,36 @@ use core::intrinsics::AtomicOrdering;
 
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_NOEXIST},
-    helpers::bpf_probe_read_user,
+    helpers::{bpf_get_prandom_u32, bpf_probe_read_user},
 };
 use leakbpf_common::{
     abi::{Block, BlockKey, Loss, Owner, SiteCounters, SiteKey, StackId, Tally},
     ledger::{Books, NotPut, Put},
+    sampling::{self, Weight},
 };
 
-use crate::maps::{self, BLOCKS, SITES};
+use crate::{
+    maps::{self, BLOCKS, SITES, settings},
+    stack::Captured,
+};
 
-pub struct KernelBooks;
+pub struct KernelBooks {
+    /// The site that the next allocation is likely to be of.
+    site: Option<(StackId, *mut SiteCounters)>,
+}
+
+impl KernelBooks {
+    #[inline(always)]
+    pub const fn new() -> Self {
+        Self { site: None }
+    }
+
+    /// Spares the look-up of a site that the capture has just looked up.
+    #[inline(always)]
+    pub fn remember(&mut self, captured: &Captured) {
+        self.site = captured.site.map(|site| (captured.stack, site));
+    }
+}
 
 /// Adds to a counter that other CPUs add to as well.
 #[inline(always)]
@@ -21,6 +41,15 @@ fn add(counter: *mut u64, value: u64) {
     // SAFETY: the callers pass fields of live map values, which are 8-byte aligned.
     unsafe {
         core::intrinsics::atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, value);
+    }
+}
+
+/// What a recorded block adds to its site.
+#[inline(always)]
+fn weight(size_bytes: u64) -> Weight {
+    match settings::get(&settings::SAMPLE_INTERVAL) {
+        0 => Weight { bytes: size_bytes, count: 1 },
+        interval => sampling::weight(size_bytes, interval.into()),
     }
 }
 
@@ -70,17 +99,23 @@ impl Books for KernelBooks {
 
     #[inline(always)]
     fn allocated(&mut self, owner: Owner, stack: StackId, size_bytes: u64) {
-        let key = SiteKey { owner, stack };
-        let site = SITES.get_ptr_mut(key).or_else(|| {
-            // Only the site of a lost stack is not made by the capture.
-            let _ = SITES.insert(key, SiteCounters::default(), BPF_NOEXIST as u64);
-            SITES.get_ptr_mut(key)
-        });
+        let site = match self.site {
+            Some((known, site)) if known == stack => Some(site),
+            _ => {
+                let key = SiteKey { owner, stack };
+                SITES.get_ptr_mut(key).or_else(|| {
+                    // Only the site of a lost stack is not made by the capture.
+                    let _ = SITES.insert(key, SiteCounters::default(), BPF_NOEXIST as u64);
+                    SITES.get_ptr_mut(key)
+                })
+            }
+        };
         if let Some(site) = site {
             // SAFETY: field addresses of a live map value.
             unsafe {
-                add(&raw mut (*site).allocated_bytes, size_bytes);
-                add(&raw mut (*site).allocated_count, 1);
+                let weight = weight(size_bytes);
+                add(&raw mut (*site).allocated_bytes, weight.bytes);
+                add(&raw mut (*site).allocated_count, weight.count);
             }
         }
     }
@@ -90,8 +125,9 @@ impl Books for KernelBooks {
         if let Some(site) = SITES.get_ptr_mut(SiteKey { owner, stack }) {
             // SAFETY: field addresses of a live map value.
             unsafe {
-                add(&raw mut (*site).freed_bytes, size_bytes);
-                add(&raw mut (*site).freed_count, 1);
+                let weight = weight(size_bytes);
+                add(&raw mut (*site).freed_bytes, weight.bytes);
+                add(&raw mut (*site).freed_count, weight.count);
             }
         }
     }
@@ -104,6 +140,17 @@ impl Books for KernelBooks {
     #[inline(always)]
     fn tally(&mut self, tally: Tally) {
         maps::tally(tally);
+    }
+
+    #[inline(always)]
+    fn sample_interval(&self) -> u64 {
+        settings::get(&settings::SAMPLE_INTERVAL).into()
+    }
+
+    #[inline(always)]
+    fn random(&mut self) -> u32 {
+        // SAFETY: the helper has no preconditions.
+        unsafe { bpf_get_prandom_u32() }
     }
 
     #[inline(always)]

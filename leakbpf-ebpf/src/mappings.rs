@@ -190,7 +190,7 @@ fn map_ends(regs: *const pt_regs, result: i64) -> Option<()> {
         return None;
     }
     let stack = if regs.r10 & MAP_ANONYMOUS != 0 {
-        stack::capture(process.owner, process.library_epoch, &registers(&regs))
+        stack::capture(process.owner, process.library_epoch, &registers(&regs)).stack
     } else {
         StackId::LOST
     };
@@ -267,7 +267,7 @@ fn remap_ends(regs: *const pt_regs, result: i64) -> Option<()> {
     let stack = if failed(result) {
         StackId::LOST
     } else {
-        stack::capture(process.owner, process.library_epoch, &registers(&regs))
+        stack::capture(process.owner, process.library_epoch, &registers(&regs)).stack
     };
     report(
         pid_tgid,
@@ -288,7 +288,7 @@ fn remap_ends(regs: *const pt_regs, result: i64) -> Option<()> {
 fn break_ends(regs: *const pt_regs, result: i64) -> Option<()> {
     let (pid_tgid, process) = interested()?;
     let regs = user_registers(regs)?;
-    let stack = stack::capture(process.owner, process.library_epoch, &registers(&regs));
+    let stack = stack::capture(process.owner, process.library_epoch, &registers(&regs)).stack;
     report(
         pid_tgid,
         &process,

@@ -89,6 +89,7 @@ pub struct StackWindow {
 
 /// A rule that was looked up before.
 #[repr(C)]
+#[derive(Clone, Copy)]
 pub struct CachedRule {
     /// Serial number of the table and position in its code; 0 for none.
     pub key: u64,
@@ -136,6 +137,9 @@ pub mod settings {
     /// Byte offset of `clone_flags` in the record of `task:task_newtask`.
     #[unsafe(no_mangle)]
     pub static NEWTASK_FLAGS_OFFSET: u32 = 32;
+    /// Byte offset of `old_pid` in the record of `sched:sched_process_exec`.
+    #[unsafe(no_mangle)]
+    pub static EXEC_OLD_PID_OFFSET: u32 = 16;
 
     /// Byte offset of `utask` in `struct task_struct`; 0 when the kernel does not tell.
     #[unsafe(no_mangle)]
@@ -164,6 +168,10 @@ pub mod settings {
     /// unread records that it was not woken for.
     #[unsafe(no_mangle)]
     pub static EVENT_FLAGS: u32 = 0;
+
+    /// Bytes from one recorded block to the next, on average; 0 records every block.
+    #[unsafe(no_mangle)]
+    pub static SAMPLE_INTERVAL: u32 = 0;
 
     /// Reads a setting; volatile, because the agent changes what the compiler sees as a constant.
     #[inline(always)]

@@ -43,7 +43,7 @@ fn touched(ctx: &PerfEventContext) -> Option<()> {
     let process = processes::watched(tgid)?;
     maps::tally(Tally::Hits);
     let registers = user_registers(event)?;
-    let stack = stack::capture(process.owner, process.library_epoch, &registers);
+    let stack = stack::capture(process.owner, process.library_epoch, &registers).stack;
     let record =
         PageRecord { head: processes::head(RecordKind::Page, process.owner), address, stack };
     // The agent comes for them by itself, a few times a second: waking it for each would cost more

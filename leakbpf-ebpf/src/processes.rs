@@ -178,18 +178,23 @@ pub fn ask_for_mappings(address: u64) {
 
 /// `sched:sched_process_exec`, in the process, with its new memory.
 #[tracepoint]
-pub fn process_exec(_ctx: TracePointContext) -> u32 {
-    let _ = executed();
+pub fn process_exec(ctx: TracePointContext) -> u32 {
+    let _ = executed(&ctx);
     0
 }
 
 #[inline(always)]
-fn executed() -> Option<()> {
+fn executed(ctx: &TracePointContext) -> Option<()> {
     let id = pid_tgid();
     let tgid = (id >> 32) as u32;
     // SAFETY: without preallocation the element is not reused before this program ends.
     let old = unsafe { *PROCESSES.get(tgid)? };
     let _ = THREADS.remove(id);
+    // A thread that was not the first takes that one's id (fs/exec.c, `de_thread`).
+    let old_pid_offset = settings::get(&settings::EXEC_OLD_PID_OFFSET) as usize;
+    // SAFETY: the helper checks what it reads.
+    let old_tid = unsafe { ctx.read_at::<u32>(old_pid_offset) }.unwrap_or(id as u32);
+    let _ = THREADS.remove(id & !0xffff_ffff | u64::from(old_tid));
     let borrowed = old.flags & process_flags::BORROWS_MEMORY != 0;
     if borrowed && settings::get(&settings::FOLLOW_FORKS) == 0 {
         let _ = PROCESSES.remove(tgid);
@@ -209,7 +214,7 @@ fn executed() -> Option<()> {
         head: head(RecordKind::Exec, new.owner),
         old: old.owner,
         old_flags: old.flags,
-        pad: 0,
+        old_tid,
     });
     Some(())
 }
@@ -228,7 +233,7 @@ fn ended() -> Option<()> {
     if let Some(thread) = THREADS.get_ptr_mut(id) {
         if maps::enabled() {
             // SAFETY: only the thread itself writes its state.
-            unsafe { (*thread).end(&mut KernelBooks) };
+            unsafe { (*thread).end(&mut KernelBooks::new()) };
         }
         let _ = THREADS.remove(id);
     }
@@ -237,6 +242,9 @@ fn ended() -> Option<()> {
         let state = unsafe { *PROCESSES.get(tgid)? };
         if state.flags & process_flags::BORROWS_MEMORY != 0 {
             let _ = PROCESSES.remove(tgid);
+        } else if settings::get(&settings::WATCH_ALL) == 0 {
+            // The probes of a process hang on its first thread.
+            send(&head(RecordKind::FirstThreadEnded, state.owner));
         }
     }
     Some(())

@@ -3,6 +3,7 @@
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use leakbpf_common::sampling;
 
 #[derive(Debug, Parser)]
 #[command(
@@ -56,6 +57,9 @@ pub struct RecordArgs {
     /// How to count
     #[arg(long, value_enum, default_value_t = ModeArg::Exact)]
     pub mode: ModeArg,
+    /// Of the mode `sample`: record one block every so many bytes, on average
+    #[arg(long, value_name = "SIZE", value_parser = sample_interval, default_value = "512KiB")]
+    pub sample_interval: u32,
     /// Of the mode `pages`: look at one page in so many
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
     pub page_interval: u32,
@@ -157,6 +161,8 @@ pub struct BenchFloorArgs {
 pub enum ModeArg {
     /// Every block
     Exact,
+    /// Some blocks, larger ones more often, from which the rest is estimated: the probes' cost alone
+    Sample,
     /// Resident memory by the code that touched it first, from one page in some: any language and
     /// allocator, at next to no cost
     Pages,
@@ -236,6 +242,13 @@ fn size(text: &str) -> Result<u64, String> {
         _ => return Err(format!("unknown unit {unit:?}: use KiB, MiB or GiB")),
     };
     number.checked_mul(1 << shift).ok_or_else(|| format!("{text} is too large"))
+}
+
+fn sample_interval(text: &str) -> Result<u32, String> {
+    match size(text)? {
+        bytes @ 1..=sampling::MAX_INTERVAL_BYTES => Ok(bytes as u32),
+        _ => Err("expected 1 byte to 64 MiB".to_owned()),
+    }
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use estimate::Interval;
+use estimate::{Interval, Spread, Weight};
 
 pub mod estimate;
 #[cfg(test)]
@@ -19,6 +19,8 @@ pub enum Mode {
     Exact,
     /// Resident memory by who touched it first, from one page in `one_in`.
     Pages { one_in: u32 },
+    /// Blocks, of which one is recorded every `interval_bytes` on average.
+    Sample { interval_bytes: u32 },
 }
 
 impl Mode {
@@ -27,22 +29,29 @@ impl Mode {
         match self {
             Self::Exact => "exact",
             Self::Pages { .. } => "pages",
+            Self::Sample { .. } => "sample",
         }
     }
 
-    /// How many things one that was seen stands for.
-    pub const fn one_in(self) -> u32 {
+    /// How much is chosen, as recordings call it and as a number.
+    pub const fn choice(self) -> Option<(&'static str, u32)> {
         match self {
-            Self::Exact => 1,
-            Self::Pages { one_in } => one_in,
+            Self::Exact => None,
+            Self::Pages { one_in } => Some((Self::ONE_IN, one_in)),
+            Self::Sample { interval_bytes } => Some((Self::SAMPLE_INTERVAL, interval_bytes)),
         }
     }
 
-    /// From [`Self::name`] and [`Self::one_in`].
-    pub fn from_name(name: &str, one_in: Option<u32>) -> Option<Self> {
-        match (name, one_in) {
-            ("exact", _) => Some(Self::Exact),
-            ("pages", Some(one_in)) if one_in > 0 => Some(Self::Pages { one_in }),
+    pub const ONE_IN: &'static str = "one_in";
+    pub const SAMPLE_INTERVAL: &'static str = "sample_interval_bytes";
+
+    /// From [`Self::name`] and what [`Self::choice`] named.
+    pub fn from_name(name: &str, choice: impl Fn(&str) -> Option<u32>) -> Option<Self> {
+        let positive = |key| choice(key).filter(|&number| number > 0);
+        match name {
+            "exact" => Some(Self::Exact),
+            "pages" => Some(Self::Pages { one_in: positive(Self::ONE_IN)? }),
+            "sample" => Some(Self::Sample { interval_bytes: positive(Self::SAMPLE_INTERVAL)? }),
             _ => None,
         }
     }
@@ -50,14 +59,25 @@ impl Mode {
     /// What is counted.
     pub const fn noun(self) -> &'static str {
         match self {
-            Self::Exact => "block",
+            Self::Exact | Self::Sample { .. } => "block",
             Self::Pages { .. } => "page",
         }
     }
 
-    /// Whether the numbers are estimates.
+    /// Whether there are numbers that are estimates.
     pub const fn estimates(self) -> bool {
-        matches!(self, Self::Pages { .. })
+        !matches!(self, Self::Exact)
+    }
+
+    /// What one thing of a kind that was seen adds to what is live.
+    pub fn weight(self, kind: SiteKind, size_bytes: u64) -> Weight {
+        match (self, kind) {
+            (Self::Pages { one_in }, SiteKind::Resident) => Weight::times(size_bytes, one_in),
+            (Self::Sample { interval_bytes }, SiteKind::Heap) => {
+                Weight::sampled(size_bytes, interval_bytes)
+            }
+            _ => Weight::times(size_bytes, 1),
+        }
     }
 }
 
@@ -243,9 +263,24 @@ pub struct Counters {
     pub allocated_count: u64,
     pub freed_bytes: u64,
     pub freed_count: u64,
+    /// Of what is live.
+    pub spread: Spread,
 }
 
 impl Counters {
+    /// Adds something live.
+    pub fn hold(&mut self, weight: Weight) {
+        self.live_bytes = self.live_bytes.saturating_add(weight.bytes);
+        self.live_count = self.live_count.saturating_add(weight.count);
+        let carry = self.spread.add(&weight.spread);
+        self.live_count = self.live_count.saturating_add(carry);
+    }
+
+    /// Nothing is live.
+    pub fn clear_live(&mut self) {
+        (self.live_bytes, self.live_count, self.spread) = (0, 0, Spread::default());
+    }
+
     /// Sums saturate: a wrapped number would be a small, believable lie.
     pub fn add(&mut self, other: &Self) {
         self.live_bytes = self.live_bytes.saturating_add(other.live_bytes);
@@ -254,6 +289,8 @@ impl Counters {
         self.allocated_count = self.allocated_count.saturating_add(other.allocated_count);
         self.freed_bytes = self.freed_bytes.saturating_add(other.freed_bytes);
         self.freed_count = self.freed_count.saturating_add(other.freed_count);
+        let carry = self.spread.add(&other.spread);
+        self.live_count = self.live_count.saturating_add(carry);
     }
 
     /// What so many of these hold.
@@ -266,6 +303,7 @@ impl Counters {
             allocated_count: self.allocated_count.saturating_mul(factor),
             freed_bytes: self.freed_bytes.saturating_mul(factor),
             freed_count: self.freed_count.saturating_mul(factor),
+            spread: self.spread,
         }
     }
 }
@@ -372,6 +410,9 @@ impl Profile {
         match self.mode {
             Mode::Exact => None,
             Mode::Pages { one_in } => Some(Interval::of_pages(counters, one_in)),
+            // Snapshots before the last one have no blocks in a recording.
+            Mode::Sample { .. } if !self.finished && counters.spread == Spread::default() => None,
+            Mode::Sample { interval_bytes } => Some(Interval::of_samples(counters, interval_bytes)),
         }
     }
 
@@ -397,12 +438,12 @@ impl Profile {
         for site in &mut self.sites {
             site.clear_live();
         }
-        let one_in = self.mode.one_in();
+        let mode = self.mode;
         for block in blocks {
             if filter.keeps(block.size_bytes, block.age_ns)
                 && let Some(site) = self.sites.get_mut(block.site.0)
             {
-                site.count_live(block.size_bytes, block.age_ns, one_in);
+                site.count_live(block.size_bytes, block.age_ns, mode);
             }
         }
     }
@@ -411,18 +452,14 @@ impl Profile {
 impl Site {
     /// Forgets what is live, so that it can be counted anew.
     pub fn clear_live(&mut self) {
-        self.counters.live_bytes = 0;
-        self.counters.live_count = 0;
+        self.counters.clear_live();
         self.oldest_age_ns = None;
         self.youngest_age_ns = None;
     }
 
-    /// Counts one more live block, which stands for `one_in`.
-    pub fn count_live(&mut self, size_bytes: u64, age_ns: u64, one_in: u32) {
-        let one_in = u64::from(one_in);
-        let counters = &mut self.counters;
-        counters.live_bytes = counters.live_bytes.saturating_add(size_bytes.saturating_mul(one_in));
-        counters.live_count = counters.live_count.saturating_add(one_in);
+    /// Counts one more live block.
+    pub fn count_live(&mut self, size_bytes: u64, age_ns: u64, mode: Mode) {
+        self.counters.hold(mode.weight(self.kind, size_bytes));
         self.oldest_age_ns = Some(self.oldest_age_ns.map_or(age_ns, |age| age.max(age_ns)));
         self.youngest_age_ns = Some(self.youngest_age_ns.map_or(age_ns, |age| age.min(age_ns)));
     }

@@ -1,4 +1,5 @@
 /* Processes that come from processes. */
+#include <pthread.h>
 #include <signal.h>
 #include <spawn.h>
 #include <sys/wait.h>
@@ -6,6 +7,7 @@
 #include "target.h"
 
 extern char **environ;
+static const struct scenario scenarios[];
 static void *inherited[20];
 static int to_child[2];
 
@@ -115,6 +117,36 @@ static void exec_in_place(int count, char **arguments) {
     require(!"exec returned");
 }
 
+static void *exec_in_thread(void *nothing) {
+    for (int i = 0; i < 10; i++) t_malloc(7001);
+    exec_in_place(0, NULL);
+    return nothing;
+}
+
+/* The thread that calls it takes the place of the first one. */
+static void thread_exec(int count, char **arguments) {
+    (void)count, (void)arguments;
+    pthread_t thread;
+    require(pthread_create(&thread, NULL, exec_in_thread, NULL) == 0);
+    pthread_join(thread, NULL);
+    require(!"exec returned");
+}
+
+static void *goes_on(void *nothing) {
+    say("done");
+    converse(scenarios);
+    _exit(0);
+    return nothing;
+}
+
+/* Another thread goes on with the conversation. */
+static void first_thread_ends(int count, char **arguments) {
+    (void)count, (void)arguments;
+    pthread_t thread;
+    require(pthread_create(&thread, NULL, goes_on, NULL) == 0);
+    pthread_exit(NULL);
+}
+
 static void make(int count, char **arguments) {
     require(count == 3);
     for (int i = atoi(arguments[1]); i > 0; i--) require(t_malloc((size_t)atoi(arguments[2])));
@@ -125,12 +157,21 @@ static void die(int count, char **arguments) {
     kill(getpid(), atoi(arguments[1]));
 }
 
+static const struct scenario scenarios[] = {
+    {"hold", hold},
+    {"fork", fork_and_wait},
+    {"forks", forks},
+    {"vforks", vforks},
+    {"vfork_allocates", vfork_allocates},
+    {"spawns", spawns},
+    {"exec", exec_in_place},
+    {"thread_exec", thread_exec},
+    {"first_thread_ends", first_thread_ends},
+    {"make", make},
+    {"die", die},
+    {NULL, NULL},
+};
+
 int main(void) {
-    static const struct scenario scenarios[] = {
-        {"hold", hold},     {"fork", fork_and_wait}, {"forks", forks},
-        {"vforks", vforks}, {"vfork_allocates", vfork_allocates},
-        {"spawns", spawns}, {"exec", exec_in_place}, {"make", make},
-        {"die", die},       {NULL, NULL},
-    };
     return converse(scenarios);
 }

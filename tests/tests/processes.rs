@@ -7,6 +7,9 @@ use leakbpf_tests::{
     c_program,
 };
 
+/// The agent says so once the probes hang on another thread.
+const PROBES_MOVED: &str = "the probes were placed anew";
+
 #[test]
 fn a_forked_child_has_books_of_its_own() {
     let mut target = Target::start(&c_program("processes", Allocator::Glibc));
@@ -74,15 +77,27 @@ fn the_oracle_agrees_on_processes_that_start_processes() {
 
 #[test]
 fn after_an_exec_none_of_the_old_blocks_are_left_and_the_new_ones_count() {
+    assert_new_life_after("exec");
+}
+
+#[test]
+fn a_thread_that_execs_takes_the_place_of_the_first_one() {
+    assert_new_life_after("thread_exec");
+}
+
+fn assert_new_life_after(command: &str) {
     let mut target = Target::start(&c_program("processes", Allocator::Glibc));
     let session = Leakbpf::record().pid(target.pid()).start();
     let attached_ns = session.attached_ns();
     target.run("hold");
-    target.begin("exec");
+    target.begin(command);
     assert_eq!(target.line(), "ready", "the program became itself again");
+    if command == "thread_exec" {
+        session.wait_until_stderr_has(PROBES_MOVED);
+    }
     target.run("make 30 777");
     let books = target.books();
-    let profile = session.stop();
+    let mut profile = session.stop();
     let lives: Vec<_> =
         profile.processes.iter().filter(|process| process.pid == target.pid()).collect();
     assert_eq!(lives.len(), 2, "one life before the exec, one after");
@@ -91,6 +106,38 @@ fn after_an_exec_none_of_the_old_blocks_are_left_and_the_new_ones_count() {
     let mine = profile.heap_blocks(target.pid());
     assert_eq!(mine.values().filter(|block| block.size == 777).count(), 30);
     assert_eq!(mine.values().filter(|block| block.size == 7000).count(), 0);
+    if command == "thread_exec" {
+        assert_eq!(profile.losses.insert("probes_moved".to_owned(), 0), Some(1));
+    }
+    assert_heap_equals(&profile, target.pid(), &books, attached_ns);
+}
+
+#[test]
+fn a_process_goes_on_without_its_first_thread() {
+    let mut target = Target::start(&c_program("processes", Allocator::Glibc));
+    let session = Leakbpf::record().pid(target.pid()).start();
+    let attached_ns = session.attached_ns();
+    target.run("make 20 555");
+    target.run("first_thread_ends");
+    session.wait_until_stderr_has(PROBES_MOVED);
+    target.run("make 30 777");
+    let books = target.books();
+    let mut profile = session.stop();
+    assert_eq!(profile.losses.insert("probes_moved".to_owned(), 0), Some(1));
+    let mine = profile.heap_blocks(target.pid());
+    assert_eq!(mine.values().filter(|block| block.size == 777).count(), 30);
+    assert_heap_equals(&profile, target.pid(), &books, attached_ns);
+}
+
+#[test]
+fn attaching_to_a_process_without_its_first_thread_works() {
+    let mut target = Target::start(&c_program("processes", Allocator::Glibc));
+    target.run("first_thread_ends");
+    let session = Leakbpf::record().pid(target.pid()).start();
+    let attached_ns = session.attached_ns();
+    target.run("make 30 777");
+    let books = target.books();
+    let profile = session.stop();
     assert_heap_equals(&profile, target.pid(), &books, attached_ns);
 }
 

@@ -94,12 +94,18 @@ struct Frame {
     returns: usize,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Thread {
     state: ThreadState,
     frames: Vec<Frame>,
     /// Recursion of the allocator inside the innermost frame.
     nested: Vec<u64>,
+}
+
+impl Thread {
+    fn new(owner: Owner) -> Self {
+        Self { state: ThreadState::new(owner), frames: Vec::new(), nested: Vec::new() }
+    }
 }
 
 struct Process {
@@ -127,9 +133,10 @@ pub struct World {
 impl World {
     /// `attached_late`: calls are in flight and blocks exist when the session begins.
     pub fn new(capacity: usize, attached_late: bool) -> Self {
+        let owner = Owner::new(100, 1);
         let mut process = Process {
-            owner: Owner::new(100, 1),
-            threads: (0..THREADS).map(|_| Thread::default()).collect(),
+            owner,
+            threads: (0..THREADS).map(|_| Thread::new(owner)).collect(),
             free_addresses: (1..=64).rev().map(|page| page * 0x1000).collect(),
             unknown: Vec::new(),
         };
@@ -290,7 +297,6 @@ impl World {
             self.forget(at.0, &frame);
         }
         let call = Call {
-            owner,
             cookie: cookie(role, rule, request.shape == Reallocf),
             stack_pointer,
             size,
@@ -300,8 +306,8 @@ impl World {
         let thread = &mut self.processes[at.0].threads[at.1];
         if role == Role::Free {
             // Absent in the kernel's map as long as the thread has never allocated.
-            let state = (thread.state != ThreadState::default()).then_some(&mut thread.state);
-            ledger::free(state, &mut self.books, &call);
+            let state = (thread.state != ThreadState::new(owner)).then_some(&mut thread.state);
+            ledger::free(state, &mut self.books, owner, &call);
             if pointer != 0 && self.recorded.remove(&key).is_none() {
                 self.tally(Tally::UnknownFrees, 1);
             }
@@ -455,7 +461,6 @@ impl World {
         };
         let role = if free { Role::Free } else { Role::Allocate };
         let call = Call {
-            owner,
             cookie: cookie(role, SizeRule::First, false),
             stack_pointer,
             size: 1,
@@ -463,7 +468,7 @@ impl World {
             pointer: if free { frame.pointer } else { 0 },
         };
         if free {
-            ledger::free(Some(&mut thread.state), &mut self.books, &call);
+            ledger::free(Some(&mut thread.state), &mut self.books, owner, &call);
         } else {
             thread.nested.push(stack_pointer);
             ledger::enter(&mut thread.state, &mut self.books, &call);
@@ -474,7 +479,6 @@ impl World {
     /// same stack pointer, and both return probes fire.
     fn tail_call(&mut self, at: (usize, usize)) {
         use Shape::*;
-        let owner = self.processes[at.0].owner;
         let thread = &mut self.processes[at.0].threads[at.1];
         if !thread.nested.is_empty() {
             return;
@@ -492,7 +496,6 @@ impl World {
         }
         frame.returns += 1;
         let call = Call {
-            owner,
             cookie: cookie(role, SizeRule::First, false),
             stack_pointer: frame.stack_pointer,
             size: frame.size,
@@ -548,9 +551,10 @@ impl World {
             return;
         }
         self.abandon_all(at);
+        let owner = self.processes[at.0].owner;
         let thread = &mut self.processes[at.0].threads[at.1];
         thread.state.end(&mut self.books);
-        *thread = Thread::default();
+        *thread = Thread::new(owner);
     }
 
     fn free_unseen(&mut self, process: usize, pick: Index) {
@@ -571,9 +575,10 @@ impl World {
         }
         let parent = &self.processes[0];
         let held = self.recorded.keys().filter(|key| !self.ghosts.contains(key));
+        let owner = Owner::new(101, 2);
         let child = Process {
-            owner: Owner::new(101, 2),
-            threads: (0..THREADS).map(|_| Thread::default()).collect(),
+            owner,
+            threads: (0..THREADS).map(|_| Thread::new(owner)).collect(),
             free_addresses: parent.free_addresses.clone(),
             unknown: held.map(|key| key.address).chain(parent.unknown.iter().copied()).collect(),
         };

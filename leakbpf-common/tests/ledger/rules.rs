@@ -14,7 +14,7 @@ const OWNER: Owner = Owner::new(100, 1);
 const STACK: u64 = 1 << 40;
 
 fn call(cookie: Cookie, stack_pointer: u64, size: u64, pointer: u64) -> Call {
-    Call { owner: OWNER, cookie, stack_pointer, size, second_size: 0, pointer }
+    Call { cookie, stack_pointer, size, second_size: 0, pointer }
 }
 
 fn enter(thread: &mut ThreadState, books: &mut HostBooks, role: Role, at: u64, pointer: u64) {
@@ -41,7 +41,7 @@ fn malloc(thread: &mut ThreadState, books: &mut HostBooks, at: u64, result: u64)
 
 fn free(thread: &mut ThreadState, books: &mut HostBooks, at: u64, pointer: u64) {
     let call = call(cookie(Role::Free, SizeRule::First, false), at, 0, pointer);
-    ledger::free(Some(thread), books, &call);
+    ledger::free(Some(thread), books, OWNER, &call);
 }
 
 fn addresses(books: &HostBooks) -> Vec<u64> {
@@ -51,13 +51,13 @@ fn addresses(books: &HostBooks) -> Vec<u64> {
 }
 
 fn start() -> (ThreadState, HostBooks) {
-    (ThreadState::default(), HostBooks::new(usize::MAX))
+    (ThreadState::new(OWNER), HostBooks::new(usize::MAX))
 }
 
 #[test]
 fn a_block_that_comes_back_from_a_dead_call_yields_to_a_newer_one_at_its_address() {
     let (mut first, mut books) = start();
-    let mut second = ThreadState::default();
+    let mut second = ThreadState::new(OWNER);
     malloc(&mut first, &mut books, STACK, 0x1000);
     enter(&mut first, &mut books, Role::Reallocate, STACK, 0x1000);
     // The first thread jumps out; the second releases the block and gets its address again.

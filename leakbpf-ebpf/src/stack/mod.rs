@@ -31,22 +31,33 @@ fn mix(hash: u64, word: u64) -> u64 {
     product ^ product >> 32
 }
 
+/// A captured stack.
+pub struct Captured {
+    pub stack: StackId,
+    /// Its site, a live map value.
+    pub site: Option<*mut SiteCounters>,
+}
+
+impl Captured {
+    const LOST: Self = Self { stack: StackId::LOST, site: None };
+}
+
 /// Captures the stack of the current thread and makes its site.
 ///
 /// Frames come from the module's unwind rows where the agent has loaded them, else from the chain
 /// of frame pointers; the first one is exact in either case.
 #[inline(always)]
-pub fn capture(owner: Owner, library_epoch: u32, registers: &Registers) -> StackId {
+pub fn capture(owner: Owner, library_epoch: u32, registers: &Registers) -> Captured {
     let Some(scratch) = claim() else {
         maps::lost(Loss::StacksLost);
-        return StackId::LOST;
+        return Captured::LOST;
     };
     // SAFETY: `claim` returned a live map value that nobody else writes until it is given back.
     let scratch = unsafe { &mut *scratch };
-    let stack = walk(owner, library_epoch, registers, scratch);
+    let captured = walk(owner, library_epoch, registers, scratch);
     // SAFETY: as above; volatile so that the store stays after the walk.
     unsafe { core::ptr::write_volatile(&raw mut scratch.busy, 0) };
-    stack
+    captured
 }
 
 #[inline(always)]
@@ -72,7 +83,12 @@ fn claim() -> Option<*mut Scratch> {
 }
 
 #[inline(always)]
-fn walk(owner: Owner, library_epoch: u32, registers: &Registers, scratch: &mut Scratch) -> StackId {
+fn walk(
+    owner: Owner,
+    library_epoch: u32,
+    registers: &Registers,
+    scratch: &mut Scratch,
+) -> Captured {
     let hash = mix(owner.0, u64::from(library_epoch));
     match address_space(owner) {
         Some(space) => {
@@ -104,7 +120,7 @@ fn address_space(owner: Owner) -> Option<&'static AddressSpace> {
 
 /// Makes the site of a walked stack and sends its frames when it is new.
 #[inline(always)]
-fn announce(owner: Owner, library_epoch: u32, scratch: &mut Scratch) -> StackId {
+fn announce(owner: Owner, library_epoch: u32, scratch: &mut Scratch) -> Captured {
     let record = &mut scratch.record;
     let outcome = scratch.walk.outcome as u32;
     let count = (scratch.walk.count as usize).min(MAX_FRAMES);
@@ -114,18 +130,19 @@ fn announce(owner: Owner, library_epoch: u32, scratch: &mut Scratch) -> StackId 
     let stack = StackId(if hash < 2 { hash + 2 } else { hash });
 
     let key = SiteKey { owner, stack };
-    // SAFETY: without preallocation the element is not reused before this program ends.
-    match unsafe { SITES.get(key) } {
-        Some(site) if site.announced != 0 => return stack,
-        Some(_) => {}
-        None => {
-            let fresh = SiteCounters::default();
-            if SITES.insert(key, fresh, BPF_NOEXIST as u64).is_err() && SITES.get_ptr(key).is_none()
-            {
-                maps::lost(Loss::SitesFull);
-                return StackId::LOST;
-            }
-        }
+    let site = SITES.get_ptr_mut(key).or_else(|| {
+        let fresh = SiteCounters::default();
+        let _ = SITES.insert(key, fresh, BPF_NOEXIST as u64);
+        SITES.get_ptr_mut(key)
+    });
+    let Some(site) = site else {
+        maps::lost(Loss::SitesFull);
+        return Captured::LOST;
+    };
+    let captured = Captured { stack, site: Some(site) };
+    // SAFETY: the field of a live map value.
+    if unsafe { core::ptr::read_volatile(&raw const (*site).announced) } != 0 {
+        return captured;
     }
     record.head = RecordHead {
         kind: RecordKind::Stack as u32,
@@ -144,11 +161,9 @@ fn announce(owner: Owner, library_epoch: u32, scratch: &mut Scratch) -> StackId 
     // SAFETY: `bytes` is at most the size of the record.
     let slice = unsafe { core::slice::from_raw_parts(start, bytes) };
     // When the ring buffer is full, the next hit of this site announces it.
-    if RECORDS.output::<[u8]>(slice, 0).is_ok()
-        && let Some(site) = SITES.get_ptr_mut(key)
-    {
+    if RECORDS.output::<[u8]>(slice, 0).is_ok() {
         // SAFETY: the field of a live map value.
         unsafe { core::ptr::write_volatile(&raw mut (*site).announced, 1) };
     }
-    stack
+    captured
 }

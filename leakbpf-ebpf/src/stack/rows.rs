@@ -15,8 +15,8 @@ use leakbpf_common::{
 
 use super::mix;
 use crate::maps::{
-    CACHED_RULES, SCRATCH, SPACES, Scratch, StackWindow, TABLES, WINDOW_BYTES, WINDOW_WORDS,
-    settings,
+    CACHED_RULES, CachedRule, SCRATCH, SPACES, Scratch, StackWindow, TABLES, WINDOW_BYTES,
+    WINDOW_WORDS, settings,
 };
 
 /// A frame's saved registers and return address lie so close to each other.
@@ -41,8 +41,12 @@ pub fn walk(space: &AddressSpace, registers: &Registers, hash: u64, scratch: &mu
     walk.hash = hash;
     walk.count = 0;
     walk.outcome = Outcome::Truncated as u64;
-    walk.unmapped = 0;
-    walk.mapping = 0;
+    // Volatile, or the compiler calls a function that fills memory.
+    // SAFETY: references are valid for writes.
+    unsafe {
+        core::ptr::write_volatile(&raw mut walk.unmapped, 0);
+        core::ptr::write_volatile(&raw mut walk.mapping, 0);
+    }
     walk.stack.copy(registers.sp, WINDOW_BYTES);
     if settings::get(&settings::STACK_WALK) == StackWalk::Rows as u32 {
         let mut context = Context { scratch, space };
@@ -115,17 +119,23 @@ fn advance<const CACHES: bool>(scratch: &mut Scratch, space: &AddressSpace) -> O
                 let pc = mapping.offset_bytes.wrapping_add(inside);
                 let key = u64::from(mapping.table) << 32 | u64::from(pc);
                 let slot = mix(0, key) as usize & (CACHED_RULES - 1);
-                let cached = &mut walk.rules[slot];
-                if !CACHES || cached.key != key {
-                    match find_rule(mapping.table, pc) {
-                        Some(found) => {
-                            cached.rule = *found;
-                            cached.key = key;
-                        }
-                        None => return Some(Outcome::NoRow),
+                // Two places for each: frames that share one would push each other out at each walk.
+                let other = slot ^ 1;
+                let place = if CACHES && walk.rules[slot].key == key {
+                    slot
+                } else if CACHES && walk.rules[other].key == key {
+                    other
+                } else {
+                    let Some(found) = find_rule(mapping.table, pc) else {
+                        return Some(Outcome::NoRow);
+                    };
+                    if CACHES {
+                        walk.rules[other] = walk.rules[slot];
                     }
-                }
-                rule = &cached.rule;
+                    walk.rules[slot] = CachedRule { key, rule: *found };
+                    slot
+                };
+                rule = &walk.rules[place].rule;
             }
         }
         None => {

@@ -8,7 +8,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use leakbpf::elf::debug_files::{self, Place};
+use leakbpf::elf::debug_files::{self, Debuginfod, Place};
 use leakbpf::elf::file::ElfFile;
 use leakbpf::elf::image::{Image, Source};
 use leakbpf::elf::layout::Layout;
@@ -76,14 +76,14 @@ fn sections(image: &Image) {
 
 /// The file as its own debug file.
 fn separate(image: &Image, bytes: &Arc<[u8]>) {
-    let caches = ["/cache".into()];
+    let debuginfod = Debuginfod { caches: vec!["/cache".into()], ..Debuginfod::default() };
     let mut open = |_: &Place| Some(Source::Memory(bytes.clone()));
-    let search = debug_files::find(image, Path::new("/usr/lib/x.so"), &caches, &mut open);
+    let search = debug_files::find(image, Path::new("/usr/lib/x.so"), &debuginfod, &mut open);
     for refusal in &search.refused {
         assert!(!refusal.to_string().is_empty());
     }
     let place = Place::Target("/usr/lib/debug/x.debug".into());
-    let _ = debug_files::find_alternate(image, &place, &caches, &mut open);
+    let _ = debug_files::find_alternate(image, &place, &debuginfod, &mut open);
 }
 
 /// A stream without checks, and a block that says nothing about its size.

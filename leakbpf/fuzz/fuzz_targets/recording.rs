@@ -77,7 +77,7 @@ fuzz_target!(
             return;
         }
         // Each input one way: writing reports is most of the work.
-        read(data.len() % 2 == 0);
+        read(data.len().is_multiple_of(2));
     }
 );
 
@@ -247,6 +247,6 @@ fn value(
         },
         Kind => Value::Text(SiteKind::ALL[usize::from(choice) % 4].name().to_owned()),
         Outcome => Value::Text(StackOutcome::ALL[usize::from(choice) % 10].name().to_owned()),
-        Flag => Value::Integer(i64::from(choice % 4 != 0)),
+        Flag => Value::Integer(i64::from(!choice.is_multiple_of(4))),
     })
 }

@@ -32,6 +32,7 @@ pub fn run_session(config: &Config) -> Result<u8, Failure> {
 fn config(args: RecordArgs) -> anyhow::Result<Config> {
     let mode = match args.mode {
         ModeArg::Exact => Mode::Exact,
+        ModeArg::Sample => Mode::Sample { interval_bytes: args.sample_interval },
         ModeArg::Pages => Mode::Pages { one_in: args.page_interval },
     };
     let output = args.output.map(|path| match Format::from_path(&path) {

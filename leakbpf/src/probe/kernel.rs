@@ -38,9 +38,13 @@ pub struct Settings {
     /// Byte offsets of `pid` and `clone_flags` in the record of `task:task_newtask`.
     pub newtask_pid_offset: u32,
     pub newtask_flags_offset: u32,
+    /// Byte offset of `old_pid` in the record of `sched:sched_process_exec`.
+    pub exec_old_pid_offset: u32,
     pub return_instances: Option<ReturnInstances>,
     /// What is seen are pages instead of allocator functions.
     pub pages: Option<PageChoice>,
+    /// Bytes from one recorded block to the next, on average; 0 records every block.
+    pub sample_interval_bytes: u32,
 }
 
 /// Which pages are looked at.
@@ -242,6 +246,7 @@ impl Kernel {
             .override_global("AGENT_TGID", &agent, true)
             .override_global("NEWTASK_PID_OFFSET", &settings.newtask_pid_offset, true)
             .override_global("NEWTASK_FLAGS_OFFSET", &settings.newtask_flags_offset, true)
+            .override_global("EXEC_OLD_PID_OFFSET", &settings.exec_old_pid_offset, true)
             .override_global("TASK_UTASK", &returns.utask, true)
             .override_global("UTASK_INSTANCES", &returns.first, true)
             .override_global("INSTANCE_STACK", &returns.stack, true)
@@ -250,6 +255,7 @@ impl Kernel {
             .override_global("PAGE_SEED", &choice.seed, true)
             .override_global("PAGE_LIMIT", &page_limit, true)
             .override_global("EVENT_FLAGS", &event_flags, true)
+            .override_global("SAMPLE_INTERVAL", &settings.sample_interval_bytes, true)
             .map_max_entries("BLOCKS", settings.max_blocks);
         let mut ebpf = loader.load(OBJECT).map_err(load_error)?;
         let counts = PerCpuArray::try_from(take_map(&mut ebpf, "COUNTS")?).map_err(load_error)?;
@@ -360,7 +366,8 @@ impl Kernel {
         Ok(MappingEvents::Tracepoints)
     }
 
-    fn attach_mapping_functions(&mut self) -> Result<(), KernelError> {
+    /// As [`Self::attach_mapping_events`], by the kernel's functions only.
+    pub fn attach_mapping_functions(&mut self) -> Result<(), KernelError> {
         let btf = Btf::from_sys_fs().map_err(load_error)?;
         let failed = |program| {
             move |error: aya::programs::ProgramError| KernelError::Program {

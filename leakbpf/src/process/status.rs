@@ -66,7 +66,7 @@ impl Stat {
 
 /// The id below `/proc` that leads to the memory of a process: its own, or, when its first thread
 /// has ended before the others (`pthread_exit` in `main`), that of a thread which lives.
-pub(super) fn memory_owner(pid: Pid) -> Pid {
+pub fn memory_owner(pid: Pid) -> Pid {
     if !Stat::of(pid).is_ok_and(|stat| stat.first_thread_ended() && !stat.is_zombie()) {
         return pid;
     }

@@ -1,8 +1,74 @@
 //! How far an estimate can be off.
 
-use leakbpf_common::pages::{HUGE_PAGE_BYTES, PAGE_BYTES};
+use leakbpf_common::{
+    pages::{HUGE_PAGE_BYTES, PAGE_BYTES},
+    sampling::{self, COUNT_SHIFT},
+};
 
 use super::Counters;
+
+/// What one thing that was seen stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Weight {
+    pub bytes: u64,
+    /// Without its fraction, which is in the spread.
+    pub count: u64,
+    pub spread: Spread,
+}
+
+impl Weight {
+    /// For so many of its size.
+    pub const fn times(size_bytes: u64, factor: u32) -> Self {
+        let factor = factor as u64;
+        Self { bytes: size_bytes.saturating_mul(factor), count: factor, spread: Spread::NONE }
+    }
+
+    /// For the blocks that were not chosen: see [`sampling`].
+    pub fn sampled(size_bytes: u64, interval_bytes: u32) -> Self {
+        let weight = sampling::weight(size_bytes, interval_bytes.into());
+        // The variance of its estimate, as estimated from itself: (1 - p) / p².
+        let x = size_bytes.max(1) as f64 / f64::from(interval_bytes.max(1));
+        let missed = (-x).exp();
+        let p = -(-x).exp_m1();
+        let variance = missed / (p * p);
+        Self {
+            bytes: weight.bytes,
+            count: weight.count >> COUNT_SHIFT,
+            spread: Spread {
+                bytes: (variance * x * x * Spread::BYTES_UNIT).round() as u64,
+                count: (variance * Spread::COUNT_UNIT).round() as u64,
+                fraction: weight.count & Spread::FRACTION_MASK,
+            },
+        }
+    }
+}
+
+/// How far sampled blocks can be off what they stand for; sums of variances.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Spread {
+    /// In the square of the interval, by [`Spread::BYTES_UNIT`].
+    bytes: u64,
+    /// By [`Spread::COUNT_UNIT`].
+    count: u64,
+    /// Of the count, in units of 2^-[`COUNT_SHIFT`]: always less than one.
+    fraction: u64,
+}
+
+impl Spread {
+    pub const NONE: Self = Self { bytes: 0, count: 0, fraction: 0 };
+    const BYTES_UNIT: f64 = (1 << 20) as f64;
+    const COUNT_UNIT: f64 = (1 << 8) as f64;
+    const FRACTION_MASK: u64 = (1 << COUNT_SHIFT) - 1;
+
+    /// Returns what is carried over to the count.
+    pub fn add(&mut self, other: &Self) -> u64 {
+        self.bytes = self.bytes.saturating_add(other.bytes);
+        self.count = self.count.saturating_add(other.count);
+        let fraction = self.fraction + other.fraction;
+        self.fraction = fraction & Self::FRACTION_MASK;
+        fraction >> COUNT_SHIFT
+    }
+}
 
 /// Where what is live really lies, in 95 of 100 cases: lowest and highest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +109,38 @@ impl Interval {
         };
         Self { bytes: whole((low * page, high * page), seen_bytes), count: whole(count, seen) }
     }
+}
+
+impl Interval {
+    /// Of blocks of which one was chosen every `interval_bytes` on average.
+    ///
+    /// The estimate is a sum of independent ones whose variances are known; with as many blocks of one
+    /// size as would give the same deviation, the ends are those of a Poisson distribution for which
+    /// what was seen is just [`DEVIATIONS`] away from what is to be expected (the score interval).
+    pub fn of_samples(counters: &Counters, interval_bytes: u32) -> Self {
+        let interval = f64::from(interval_bytes);
+        let Spread { bytes, count, .. } = counters.spread;
+        let bytes_variance = bytes as f64 / Spread::BYTES_UNIT * interval * interval;
+        let count_variance = count as f64 / Spread::COUNT_UNIT;
+        let whole = |(low, high): (f64, f64)| (low.floor() as u64, high.ceil() as u64);
+        // No block was chosen: neither are as many bytes as are in a few intervals.
+        let none = DEVIATIONS * DEVIATIONS * interval;
+        Self {
+            bytes: whole(score_ends(counters.live_bytes as f64, bytes_variance, none)),
+            count: whole(score_ends(counters.live_count as f64, count_variance, none)),
+        }
+    }
+}
+
+fn score_ends(estimate: f64, variance: f64, none: f64) -> (f64, f64) {
+    if estimate <= 0.0 {
+        return (0.0, none);
+    }
+    // z²/n, where n equal things were seen.
+    let share = DEVIATIONS * DEVIATIONS * variance / (estimate * estimate);
+    let middle = 1.0 + share / 2.0;
+    let width = (share + share * share / 4.0).sqrt();
+    (estimate * (middle - width), estimate * (middle + width))
 }
 
 /// Of how many things `seen` may be the share of 1 in `one_in`.

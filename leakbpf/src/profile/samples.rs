@@ -5,6 +5,7 @@ use proptest::option;
 use proptest::prelude::*;
 use proptest::sample::select;
 
+use super::estimate::Spread;
 use super::*;
 use leakbpf_common::abi::Loss;
 
@@ -44,6 +45,7 @@ fn counters(live: (u64, u64), freed: (u64, u64)) -> Counters {
         allocated_count: live.1 + freed.1,
         freed_bytes: freed.0,
         freed_count: freed.1,
+        spread: Spread::NONE,
     }
 }
 
@@ -360,7 +362,7 @@ fn any_site(
                 frames: frames.into(),
             };
             for (size_bytes, age_ns) in &blocks {
-                site.count_live(*size_bytes, *age_ns, 1);
+                site.count_live(*size_bytes, *age_ns, Mode::Exact);
             }
             let live = site.counters;
             site.counters = counters(
@@ -393,6 +395,7 @@ pub fn any_profile() -> impl Strategy<Value = Profile> {
             let mode = prop_oneof![
                 Just(Mode::Exact),
                 (1..1000_u32).prop_map(|one_in| Mode::Pages { one_in }),
+                (1..1u32 << 26).prop_map(|interval_bytes| Mode::Sample { interval_bytes }),
             ];
             let facts = (0..1_u64 << 60, 0..1_u64 << 60, any_text(), any_text(), mode);
             (Just(processes), Just(modules), Just(sites), events, losses, facts)
@@ -408,8 +411,14 @@ pub fn any_profile() -> impl Strategy<Value = Profile> {
                     distinct.push((site, blocks));
                 }
             }
-            for (site, _) in &mut distinct {
-                site.counters = site.counters.times(facts.4.one_in());
+            for (site, ages) in &mut distinct {
+                let Counters { freed_bytes, freed_count, .. } = site.counters;
+                site.clear_live();
+                for (size_bytes, age_ns) in ages {
+                    site.count_live(*size_bytes, *age_ns, facts.4);
+                }
+                site.counters.allocated_bytes = site.counters.live_bytes + freed_bytes;
+                site.counters.allocated_count = site.counters.live_count + freed_count;
             }
             let mut blocks = Vec::new();
             for (index, (site, ages)) in distinct.iter().enumerate() {

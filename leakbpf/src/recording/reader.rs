@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -77,7 +77,10 @@ impl Reader {
     pub fn profile(&self, options: LoadOptions) -> Result<Profile, ReadError> {
         let facts = self.facts()?;
         let snapshot = self.last_snapshot()?;
-        let wants_blocks = options.with_blocks || !options.filter.keeps_all();
+        // How far samples can be off is not stored: it follows from the blocks.
+        let samples = matches!(facts.mode, Mode::Sample { .. }) && snapshot.is_final;
+        let counts_anew = !options.filter.keeps_all() || samples;
+        let wants_blocks = options.with_blocks || counts_anew;
         if wants_blocks && !snapshot.is_final {
             return Err(ReadError::NoBlocks { path: self.path.clone() });
         }
@@ -88,7 +91,7 @@ impl Reader {
         let mut blocks = Vec::new();
         if wants_blocks {
             let filter = options.filter;
-            if !filter.keeps_all() {
+            if counts_anew {
                 sites.iter_mut().for_each(Site::clear_live);
             }
             self.blocks(&snapshot, &ids, |id, mut block| {
@@ -96,8 +99,8 @@ impl Reader {
                 if !filter.keeps(block.size_bytes, block.age_ns) {
                     return Some(());
                 }
-                if !filter.keeps_all() {
-                    site.count_live(block.size_bytes, block.age_ns, facts.mode.one_in());
+                if counts_anew {
+                    site.count_live(block.size_bytes, block.age_ns, facts.mode);
                 }
                 if options.with_blocks {
                     block.process = site.process;
@@ -138,7 +141,7 @@ impl Reader {
 
     fn facts(&self) -> Result<Facts, ReadError> {
         let mut mode = None;
-        let mut one_in = None;
+        let mut others = HashMap::new();
         let mut started_unix_ns = None;
         let mut kernel = String::new();
         let mut hostname = String::new();
@@ -146,15 +149,17 @@ impl Reader {
             let value = row.text(1)?;
             match row.text(0)?.as_str() {
                 "mode" => mode = Some(value),
-                "one_in" => one_in = value.parse().ok(),
                 "started_unix_ns" => started_unix_ns = value.parse().ok(),
                 "kernel" => kernel = value,
                 "hostname" => hostname = value,
-                _ => {}
+                name => {
+                    others.insert(name.to_owned(), value);
+                }
             }
             Ok(())
         })?;
-        let mode = mode.and_then(|name| Mode::from_name(&name, one_in));
+        let mode =
+            mode.and_then(|name| Mode::from_name(&name, |key| others.get(key)?.parse().ok()));
         match (mode, started_unix_ns) {
             (Some(mode), Some(started_unix_ns)) => {
                 Ok(Facts { mode, started_unix_ns, kernel, hostname })
@@ -362,6 +367,7 @@ impl Reader {
                     allocated_count: row.count(5)?,
                     freed_bytes: row.count(6)?,
                     freed_count: row.count(7)?,
+                    ..Counters::default()
                 };
                 let age = |born| snapshot.age_ns(born);
                 site.oldest_age_ns = row.optional(8, RowReader::integer)?.map(age);

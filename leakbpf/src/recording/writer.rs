@@ -115,7 +115,7 @@ impl Writer {
             database.pragma_update(None, "foreign_keys", false)?;
             database.execute_batch("BEGIN")?;
             database.execute_batch(schema::SQL)?;
-            let one_in = facts.mode.estimates().then(|| facts.mode.one_in().to_string());
+            let choice = facts.mode.choice().map(|(key, number)| (key, number.to_string()));
             for (key, value) in [
                 ("mode", facts.mode.name().to_owned()),
                 ("started_unix_ns", stored(facts.started_unix_ns).to_string()),
@@ -124,7 +124,7 @@ impl Writer {
                 ("leakbpf", env!("CARGO_PKG_VERSION").to_owned()),
             ]
             .into_iter()
-            .chain(one_in.map(|one_in| ("one_in", one_in)))
+            .chain(choice)
             {
                 database.execute("INSERT INTO meta VALUES (?, ?)", params![key, value])?;
             }

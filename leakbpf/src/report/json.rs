@@ -58,7 +58,10 @@ struct Head<'a, S: Serialize, B: Serialize> {
 #[derive(Serialize)]
 struct Estimate {
     unit: &'static str,
-    one_in: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    one_in: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sample_interval_bytes: Option<u32>,
     confidence_percent: u32,
 }
 
@@ -201,7 +204,14 @@ impl Serialize for Document<'_> {
                 Mode::Exact => None,
                 Mode::Pages { one_in } => Some(Estimate {
                     unit: "resident",
-                    one_in,
+                    one_in: Some(one_in),
+                    sample_interval_bytes: None,
+                    confidence_percent: CONFIDENCE_PERCENT,
+                }),
+                Mode::Sample { interval_bytes } => Some(Estimate {
+                    unit: "estimated",
+                    one_in: None,
+                    sample_interval_bytes: Some(interval_bytes),
                     confidence_percent: CONFIDENCE_PERCENT,
                 }),
             },

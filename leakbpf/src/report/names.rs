@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 
 use super::units;
 use crate::profile::estimate::{CONFIDENCE_PERCENT, Interval};
-use crate::profile::{Frame, Module, Process, Profile, Site, SiteKind, StackOutcome, Symbol};
+use crate::profile::{Frame, Mode, Module, Process, Profile, Site, SiteKind, StackOutcome, Symbol};
 
 /// One line of a stack: an inlined function has a line of its own.
 #[derive(Debug, Clone, Copy)]
@@ -56,15 +56,22 @@ pub fn module<'a>(profile: &'a Profile, frame: &Frame) -> Option<&'a Module> {
     frame.module.and_then(|id| profile.module(id))
 }
 
-/// What the numbers of the mode that looks at pages mean.
-pub fn pages_note(one_in: u32) -> String {
-    match one_in {
-        1 => "resident anonymous memory by the code that touched each page first".to_owned(),
-        _ => format!(
+/// What the numbers mean where they are no exact ones.
+pub fn estimate_note(mode: Mode) -> Option<String> {
+    Some(match mode {
+        Mode::Exact => return None,
+        Mode::Sample { interval_bytes } => format!(
+            "blocks are sampled, one every {} on average: heap numbers are estimates",
+            units::bytes(interval_bytes.into())
+        ),
+        Mode::Pages { one_in: 1 } => {
+            "resident anonymous memory by the code that touched each page first".to_owned()
+        }
+        Mode::Pages { one_in } => format!(
             "resident anonymous memory by the code that touched each page first; estimated from 1 \
              in {one_in} pages"
         ),
-    }
+    })
 }
 
 /// Behind an estimate.

@@ -65,6 +65,7 @@ fn message(profile: &Profile, options: &ReportOptions) -> proto::Profile {
         period: match profile.mode {
             Mode::Exact => 1,
             Mode::Pages { one_in } => i64::from(one_in) * PAGE_BYTES as i64,
+            Mode::Sample { interval_bytes } => interval_bytes.into(),
         },
         comment,
         default_sample_type: tables.strings.id("inuse_space"),
@@ -81,9 +82,13 @@ fn comments(profile: &Profile, options: &ReportOptions) -> Vec<String> {
         profile.hostname,
         profile.kernel
     )];
-    if let Mode::Pages { one_in } = profile.mode {
+    if let Some(note) = names::estimate_note(profile.mode) {
         let interval = profile.interval(&profile.totals()).map(names::interval).unwrap_or_default();
-        comments.push(format!("inuse: {}{interval}; alloc: touched", names::pages_note(one_in)));
+        let alloc = match profile.mode {
+            Mode::Pages { .. } => "; alloc: touched",
+            Mode::Exact | Mode::Sample { .. } => "",
+        };
+        comments.push(format!("inuse: {note}{interval}{alloc}"));
     }
     if !options.filter.keeps_all() {
         comments.push(format!(

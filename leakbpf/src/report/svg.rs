@@ -86,6 +86,10 @@ fn title(profile: &Profile) -> String {
     let after = units::duration(profile.duration_ns);
     match profile.mode {
         Mode::Exact => format!("{who}: live memory after {after} (exact)"),
+        Mode::Sample { interval_bytes } => format!(
+            "{who}: live memory after {after} (sampled every {})",
+            units::bytes(interval_bytes.into())
+        ),
         Mode::Pages { one_in: 1 } => {
             format!("{who}: resident memory by first touch after {after} (every page)")
         }

@@ -81,11 +81,11 @@ fn write_head(
         let size = units::bytes(options.filter.min_size_bytes);
         writeln!(out, "live: only {noun}s of {size} and more")?;
     }
-    if let Mode::Pages { one_in } = profile.mode {
-        writeln!(out, "{}", names::pages_note(one_in))?;
+    if let Some(note) = names::estimate_note(profile.mode) {
+        writeln!(out, "{note}")?;
     }
     let [live, allocated, freed] = match profile.mode {
-        Mode::Exact => ["live", "allocated", "freed"],
+        Mode::Exact | Mode::Sample { .. } => ["live", "allocated", "freed"],
         Mode::Pages { .. } => ["resident", "touched", "released"],
     };
     let rows = [
@@ -277,7 +277,8 @@ impl Table<'_> {
             units::count(counters.live_count, noun)
         );
         write!(out, "{}", self.style.bold(&head))?;
-        match self.profile.interval(counters) {
+        let interval = self.profile.interval(counters).filter(|it| it.bytes.0 != it.bytes.1);
+        match interval {
             Some(interval) => write!(out, "{}", names::interval(interval))?,
             None => write!(out, "  {}", site.kind.name().replace('_', " "))?,
         }

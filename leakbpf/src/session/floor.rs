@@ -41,8 +41,10 @@ pub fn place(pid: u32, naive: bool) -> Result<Floor, SessionError> {
         max_blocks: 1,
         newtask_pid_offset: 0,
         newtask_flags_offset: 0,
+        exec_old_pid_offset: 0,
         return_instances: None,
         pages: None,
+        sample_interval_bytes: 0,
     })?;
     let maps = Maps::of(Pid(pid))?;
     let mut links = Vec::new();

@@ -8,14 +8,14 @@ use leakbpf_common::abi::{Owner, StackId};
 
 use super::{
     life::{Life, Stack},
-    snapshot::Sites,
+    snapshot::{Sites, heap_counters, page_counters},
     space::Space,
     watch::Watch,
 };
 use crate::{
     ledger::{pages::Pages, ranges::Mappings},
     probe::kernel::KernelError,
-    profile::{BlockFilter, Counters, Process, ProcessId, SiteKind},
+    profile::{BlockFilter, Counters, Mode, Process, ProcessId, SiteKind, estimate::Weight},
 };
 
 /// Ended lives that are kept block by block.
@@ -34,9 +34,8 @@ pub struct Folded {
 
 impl Folded {
     /// Counts one outstanding block.
-    pub fn hold(&mut self, size_bytes: u64, born_ns: u64) {
-        self.counters.live_bytes = self.counters.live_bytes.saturating_add(size_bytes);
-        self.counters.live_count = self.counters.live_count.saturating_add(1);
+    pub fn hold(&mut self, weight: Weight, born_ns: u64) {
+        self.counters.hold(weight);
         let (oldest, youngest) = self.born_ns.unwrap_or((born_ns, born_ns));
         self.born_ns = Some((oldest.min(born_ns), youngest.max(born_ns)));
     }
@@ -54,7 +53,7 @@ impl Folded {
         let counters = &mut self.counters;
         (counters.freed_bytes, counters.freed_count) =
             (counters.allocated_bytes, counters.allocated_count);
-        (counters.live_bytes, counters.live_count) = (0, 0);
+        counters.clear_live();
         self.born_ns = None;
     }
 }
@@ -80,6 +79,7 @@ pub fn fold(
     watch: &mut Watch,
     sites: &mut Sites,
     groups: &mut Groups,
+    mode: Mode,
     filter: BlockFilter,
     now_ns: u64,
 ) -> Result<(), KernelError> {
@@ -90,7 +90,7 @@ pub fn fold(
         .filter(|(_, life)| life.ended() && !life.folded)
         .map(|(index, life)| (life.owner, ProcessId(index)))
         .collect();
-    let mut held = take_out(watch, &ended, filter, now_ns)?;
+    let mut held = take_out(watch, &ended, mode, filter, now_ns)?;
     sites.forget(|owner| ended.contains_key(owner));
     let listed = watch.listed;
     for (process, left) in let_go(watch, &ended) {
@@ -123,14 +123,16 @@ type Held = HashMap<Owner, BTreeMap<(StackId, SiteKind), Folded>>;
 fn take_out(
     watch: &Watch,
     ended: &HashMap<Owner, ProcessId>,
+    mode: Mode,
     filter: BlockFilter,
     now_ns: u64,
 ) -> Result<Held, KernelError> {
     let failed = |map| move |source| KernelError::Map { map, source };
     let mut held = Held::new();
-    let mut hold = |owner, key, size_bytes, born_ns: u64| {
+    let mut hold = |owner, key: (StackId, SiteKind), size_bytes, born_ns: u64| {
         if filter.keeps(size_bytes, now_ns.saturating_sub(born_ns)) {
-            held.entry(owner).or_default().entry(key).or_default().hold(size_bytes, born_ns);
+            let weight = mode.weight(key.1, size_bytes);
+            held.entry(owner).or_default().entry(key).or_default().hold(weight, born_ns);
         }
     };
     watch
@@ -154,13 +156,7 @@ fn take_out(
         .take(|key, value| {
             let taken = ended.contains_key(&key.owner);
             if taken && value.allocated_count > 0 {
-                let counters = Counters {
-                    allocated_bytes: value.allocated_bytes,
-                    allocated_count: value.allocated_count,
-                    freed_bytes: value.freed_bytes,
-                    freed_count: value.freed_count,
-                    ..Counters::default()
-                };
+                let counters = heap_counters(mode, value);
                 add(key.owner, (key.stack, SiteKind::Heap), counters);
             }
             taken
@@ -176,12 +172,11 @@ fn take_out(
             if filter.keeps(range.length_bytes, now_ns.saturating_sub(range.born_ns)) {
                 let sites = held.entry(life.owner).or_default();
                 let site = sites.entry((range.stack, range.kind)).or_default();
-                site.hold(range.length_bytes, range.born_ns);
+                site.hold(mode.weight(range.kind, range.length_bytes), range.born_ns);
             }
         }
         for (stack, value) in life.pages.counters() {
-            let counters = Counters { live_bytes: 0, live_count: 0, ..value };
-            let folded = Folded { counters, born_ns: None };
+            let folded = Folded { counters: page_counters(mode, value), born_ns: None };
             let sites = held.entry(life.owner).or_default();
             sites.entry((stack, SiteKind::Resident)).or_default().add(&folded);
         }
@@ -189,7 +184,8 @@ fn take_out(
             if filter.keeps(page.length_bytes, now_ns.saturating_sub(page.born_ns)) {
                 let sites = held.entry(life.owner).or_default();
                 let site = sites.entry((page.stack, SiteKind::Resident)).or_default();
-                site.hold(page.length_bytes, page.born_ns);
+                let weight = mode.weight(SiteKind::Resident, page.length_bytes);
+                site.hold(weight, page.born_ns);
             }
         }
     }
@@ -283,7 +279,7 @@ mod tests {
         for &(size_bytes, born_ns) in sizes {
             folded.counters.allocated_bytes += size_bytes;
             folded.counters.allocated_count += 1;
-            folded.hold(size_bytes, born_ns);
+            folded.hold(Weight::times(size_bytes, 1), born_ns);
         }
         folded
     }

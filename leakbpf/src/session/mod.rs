@@ -50,7 +50,7 @@ use crate::{
         select::{SelectError, Selector, select},
         target, tracefs,
     },
-    profile::{Mode, Profile, Symbol},
+    profile::{Mode, Profile, SiteKind, Symbol},
     recording::{self, SessionFacts},
     report::{self, ReportFile, ReportOptions},
     symbolize::perf_map::PerfMap,
@@ -106,7 +106,7 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
     let descriptors = limits::raise_open_files();
     let host = host::observe();
     let checks = match config.mode {
-        Mode::Exact => preflight::host::judge(&host),
+        Mode::Exact | Mode::Sample { .. } => preflight::host::judge(&host),
         Mode::Pages { .. } => preflight::host::judge_for_pages(&host),
     };
     preflight::Report { checks }.refuse_failures()?;
@@ -123,9 +123,12 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
     kernel.attach_process_events()?;
     let mapping_events = match config.mode {
         Mode::Exact => Some(kernel.attach_mapping_events()),
-        Mode::Pages { .. } => {
+        Mode::Sample { .. } => {
+            Some(kernel.attach_mapping_functions().map(|()| MappingEvents::Functions))
+        }
+        Mode::Pages { one_in } => {
             kernel.attach_page_faults(&host::online_cpus())?;
-            if config.mode.one_in() > 1 && host::maps_huge_pages_unasked() {
+            if one_in > 1 && host::maps_huge_pages_unasked() {
                 eprintln!(
                     "leakbpf: this machine uses huge pages wherever it can, so there are few page \
                      faults to see: --page-interval 1 costs little and errs less"
@@ -140,7 +143,7 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
     let plans = Plans::new(planner);
     let mappings = matches!(mapping_events, Some(Ok(_)));
     let max_pages = match config.mode {
-        Mode::Exact => None,
+        Mode::Exact | Mode::Sample { .. } => None,
         Mode::Pages { .. } => Some(config.max_blocks as usize),
     };
     let mut watch = Watch::new(kernel, plans, system_wide, mappings, max_pages, exits);
@@ -157,6 +160,12 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
             None,
             "mappings are seen through system call tracepoints, which slow every system call of \
              the machine down a little: the kernel refuses programs on its functions (fentry)"
+                .to_owned(),
+        ),
+        Some(Err(_)) if config.mode.estimates() => watch.note(
+            None,
+            "mappings are not counted: without programs on its functions (fentry), this kernel \
+             shows them only by slowing every system call of the machine down"
                 .to_owned(),
         ),
         Some(Err(error)) => {
@@ -183,7 +192,7 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
                     "leakbpf: attached to {} processes: {} in {} ms",
                     placed.len(),
                     match config.mode {
-                        Mode::Exact => format!("{} probes", watch.probes()),
+                        Mode::Exact | Mode::Sample { .. } => format!("{} probes", watch.probes()),
                         Mode::Pages { one_in } => pages_in_words(one_in),
                     },
                     started.elapsed().as_millis()
@@ -243,7 +252,7 @@ fn admit(
     for pid in pids {
         let checks = match target::observe(pid, false) {
             Ok(facts) => match mode {
-                Mode::Exact => preflight::target::judge(&facts, host),
+                Mode::Exact | Mode::Sample { .. } => preflight::target::judge(&facts, host),
                 Mode::Pages { .. } => preflight::target::judge_for_pages(&facts),
             },
             Err(error) if matches!(selector, Selector::Pids(_)) => return Err(error.into()),
@@ -294,30 +303,34 @@ fn load(config: &Config) -> Result<(Kernel, Option<String>), SessionError> {
 }
 
 fn settings(config: &Config) -> Result<Settings, SessionError> {
-    const NAME: &str = "task/task_newtask";
-    let failed = |reason: String| SessionError::Tracepoint { name: NAME, reason };
-    let bytes = tracefs::tracepoint_format(NAME).map_err(|error| failed(error.to_string()))?;
-    let format = preflight::tracepoint::TracepointFormat::parse(&bytes)
-        .map_err(|error| failed(error.to_string()))?;
-    let offset = |field| {
-        format
-            .field(field)
-            .map_err(|error| failed(error.to_string()))
-            .map(|field| field.offset_bytes)
-    };
     Ok(Settings {
         follow_forks: config.follow_forks,
         watch_all: matches!(config.target, Target::Running(Selector::All)),
         stack_walk: StackWalk::Rows,
         max_blocks: config.max_blocks,
-        newtask_pid_offset: offset("pid")?,
-        newtask_flags_offset: offset("clone_flags")?,
+        newtask_pid_offset: field_offset("task/task_newtask", "pid")?,
+        newtask_flags_offset: field_offset("task/task_newtask", "clone_flags")?,
+        exec_old_pid_offset: field_offset("sched/sched_process_exec", "old_pid")?,
         return_instances: host::kernel_types().as_deref().and_then(ReturnInstances::find),
         pages: match config.mode {
-            Mode::Exact => None,
+            Mode::Exact | Mode::Sample { .. } => None,
             Mode::Pages { one_in } => Some(PageChoice { interval: one_in, seed: seed() }),
         },
+        sample_interval_bytes: match config.mode {
+            Mode::Sample { interval_bytes } => interval_bytes,
+            Mode::Exact | Mode::Pages { .. } => 0,
+        },
     })
+}
+
+/// Where a field lies in a tracepoint's record, in bytes.
+fn field_offset(name: &'static str, field: &str) -> Result<u32, SessionError> {
+    let failed = |reason: String| SessionError::Tracepoint { name, reason };
+    let bytes = tracefs::tracepoint_format(name).map_err(|error| failed(error.to_string()))?;
+    let format = preflight::tracepoint::TracepointFormat::parse(&bytes)
+        .map_err(|error| failed(error.to_string()))?;
+    let field = format.field(field).map_err(|error| failed(error.to_string()))?;
+    Ok(field.offset_bytes)
 }
 
 /// Differs from session to session.
@@ -340,7 +353,7 @@ fn announce(attached: &Attached, watch: &Watch, config: &Config, started: Instan
         .find(|life| life.pid() == attached.pid)
         .map_or("", |life| life.process.comm.as_str());
     let what = match config.mode {
-        Mode::Exact => format!("{} functions", attached.functions),
+        Mode::Exact | Mode::Sample { .. } => format!("{} functions", attached.functions),
         Mode::Pages { one_in } => pages_in_words(one_in),
     };
     eprintln!(
@@ -349,7 +362,8 @@ fn announce(attached: &Attached, watch: &Watch, config: &Config, started: Instan
         report::printable(comm),
         started.elapsed().as_millis()
     );
-    if config.mode == Mode::Exact && attached.functions == 0 && watch.probes() == 0 {
+    let places_probes = !matches!(config.mode, Mode::Pages { .. });
+    if places_probes && attached.functions == 0 && watch.probes() == 0 {
         let looked_at: Vec<String> = attached
             .looked_at
             .iter()
@@ -424,6 +438,13 @@ impl Session<'_> {
                     None => std::future::pending().await,
                 }
             };
+            let headless_due = self.watch.headless_due();
+            let headless = async {
+                match headless_due {
+                    Some(due) => tokio::time::sleep_until(due.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
                 biased;
                 signal = signals.next() => {
@@ -449,6 +470,7 @@ impl Session<'_> {
                     }
                     self.fold(fold::KEPT_WHOLE)?;
                 }
+                () = headless => self.watch.attend_headless(),
                 _ = interval.tick() => {
                     self.drain();
                     progress.clear();
@@ -456,7 +478,7 @@ impl Session<'_> {
                         break;
                     }
                 }
-                _ = look.tick(), if self.config.mode.estimates() => {
+                _ = look.tick(), if matches!(self.config.mode, Mode::Pages { .. }) => {
                     self.drain();
                     self.watch.look_at_pages(false);
                 }
@@ -502,9 +524,9 @@ impl Session<'_> {
 
     fn live_bytes(&self) -> Result<u64, SessionError> {
         let mut live = 0u64;
-        let one_in = u64::from(self.config.mode.one_in());
+        let mode = self.config.mode;
         for page in self.watch.lives.iter().flat_map(|life| life.pages.live()) {
-            live = live.saturating_add(page.length_bytes.saturating_mul(one_in));
+            live = live.saturating_add(mode.weight(SiteKind::Resident, page.length_bytes).bytes);
         }
         for entry in self.watch.kernel.sites.walk() {
             let (_, site) = entry.map_err(|source| KernelError::Map { map: "SITES", source })?;
@@ -520,7 +542,9 @@ impl Session<'_> {
             return Ok(());
         }
         let filter = self.config.filter;
-        fold::fold(&mut self.watch, &mut self.sites, &mut self.groups, filter, monotonic_ns())?;
+        let mode = self.config.mode;
+        let now_ns = monotonic_ns();
+        fold::fold(&mut self.watch, &mut self.sites, &mut self.groups, mode, filter, now_ns)?;
         // A walk takes as long as there are blocks of others: no more than a twentieth of the time.
         self.next_fold = Instant::now() + began.elapsed() * 20;
         Ok(())
@@ -573,7 +597,7 @@ impl Session<'_> {
         let watch = &mut self.watch;
         watch.listed = watch.lives.len();
         let mut census = self.sites.census(
-            self.config.mode.one_in(),
+            self.config.mode,
             &watch.kernel,
             &watch.lives,
             &watch.by_owner,
@@ -611,6 +635,7 @@ impl Session<'_> {
         add("stacks_lost", census.stacks_missing);
         add("mappings_unmatched", watch.mapping_losses);
         add("children_seen_late", watch.children_seen_late);
+        add("probes_moved", watch.probes_moved);
         add("spaces_full", watch.unwinding.spaces_full);
         add("unwind_tables_full", watch.unwinding.tables_full + watch.kernel.unwind.failed());
         Ok(Profile {
@@ -639,7 +664,9 @@ impl Session<'_> {
         self.watch.look_at_pages(true);
         // For those that were not there when they were looked at first.
         self.watch.look_at_pages(true);
-        self.watch.compare_with_the_kernels_account(self.config.mode.one_in());
+        if let Mode::Pages { one_in } = self.config.mode {
+            self.watch.compare_with_the_kernels_account(one_in);
+        }
         let mut profile = self.profile(true, now_ns)?;
         let filter = self.config.filter;
         let outstanding = self.sites.outstanding(

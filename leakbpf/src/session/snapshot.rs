@@ -7,7 +7,10 @@ use std::{
     sync::Arc,
 };
 
-use leakbpf_common::abi::{BlockKey, Loss, Owner, StackId};
+use leakbpf_common::{
+    abi::{BlockKey, Loss, Owner, SiteCounters, StackId},
+    sampling::COUNT_SHIFT,
+};
 
 use super::{
     fold::Folded,
@@ -20,7 +23,7 @@ use crate::{
         tables::Walk,
     },
     profile::{
-        Block, BlockFilter, Counters, Frame, ModuleId, ProcessId, Site, SiteId, SiteKind,
+        Block, BlockFilter, Counters, Frame, Mode, ModuleId, ProcessId, Site, SiteId, SiteKind,
         StackOutcome,
     },
     symbolize::perf_map::PerfMap,
@@ -128,11 +131,10 @@ impl Sites {
         self.by_stack.retain(|(owner, _, _), _| !over(owner));
     }
 
-    /// Counts everything that is outstanding, of which each stands for `one_in`. `now_ns` is
-    /// `CLOCK_MONOTONIC`.
+    /// Counts everything that is outstanding. `now_ns` is `CLOCK_MONOTONIC`.
     pub fn census(
         &mut self,
-        one_in: u32,
+        mode: Mode,
         kernel: &Kernel,
         lives: &[Life],
         by_owner: &HashMap<Owner, ProcessId>,
@@ -152,13 +154,12 @@ impl Sites {
             let (id, complete) = self.of(lives, life, key.stack, SiteKind::Heap);
             stacks_missing += u64::from(!complete);
             let replaced = lives.get(life.0).is_some_and(Life::replaced);
-            self.entry(&mut counters, id).counters.add(&Counters {
-                allocated_bytes: value.allocated_bytes,
-                allocated_count: value.allocated_count,
-                freed_bytes: if replaced { value.allocated_bytes } else { value.freed_bytes },
-                freed_count: if replaced { value.allocated_count } else { value.freed_count },
-                ..Counters::default()
-            });
+            let mut value = heap_counters(mode, &value);
+            if replaced {
+                value.freed_bytes = value.allocated_bytes;
+                value.freed_count = value.allocated_count;
+            }
+            self.entry(&mut counters, id).counters.add(&value);
         }
         for (index, life) in lives.iter().enumerate() {
             for ((stack, kind), value) in life.mappings.counters() {
@@ -179,7 +180,7 @@ impl Sites {
                 let process = ProcessId(index);
                 let (id, complete) = self.of(lives, process, stack, SiteKind::Resident);
                 stacks_missing += u64::from(!complete);
-                let mut value = Counters { live_bytes: 0, live_count: 0, ..value };
+                let mut value = page_counters(mode, value);
                 if life.replaced() {
                     value.freed_bytes = value.allocated_bytes;
                     value.freed_count = value.allocated_count;
@@ -200,14 +201,13 @@ impl Sites {
             let block = entry?;
             if filter.keeps(block.size_bytes, block.age_ns) {
                 let site = outstanding.sites.entry(&mut counters, block.site);
-                site.count_live(block.size_bytes, block.age_ns, 1);
+                site.count_live(block.size_bytes, block.age_ns, mode);
             }
         }
         let sites = (0..self.sites.len())
             .filter_map(|index| {
                 counters.remove(&SiteId(index)).or_else(|| self.blank(SiteId(index)))
             })
-            .map(|site| Site { counters: site.counters.times(one_in), ..site })
             .collect();
         Ok(Census { sites, stacks_missing })
     }
@@ -254,7 +254,7 @@ impl Sites {
                 entry.map_err(|source| KernelError::Map { map: "THREADS", source })?;
             let depth = (thread.depth as usize).min(thread.calls.len());
             for call in thread.calls.iter().take(depth).filter(|call| call.aside != 0) {
-                if let Some(&process) = by_owner.get(&call.owner) {
+                if let Some(&process) = by_owner.get(&thread.owner) {
                     few.push(Block {
                         process,
                         site: self.of(lives, process, call.old.stack, SiteKind::Heap).0,
@@ -397,6 +397,24 @@ impl Iterator for Outstanding<'_> {
             }));
         }
     }
+}
+
+/// What went through a site of the kernel side, without what is live.
+pub fn heap_counters(mode: Mode, value: &SiteCounters) -> Counters {
+    let fraction = if matches!(mode, Mode::Sample { .. }) { COUNT_SHIFT } else { 0 };
+    Counters {
+        allocated_bytes: value.allocated_bytes,
+        allocated_count: value.allocated_count >> fraction,
+        freed_bytes: value.freed_bytes,
+        freed_count: value.freed_count >> fraction,
+        ..Counters::default()
+    }
+}
+
+/// What the pages that were seen stand for, without what is live.
+pub fn page_counters(mode: Mode, seen: Counters) -> Counters {
+    let one_in = if let Mode::Pages { one_in } = mode { one_in } else { 1 };
+    Counters { live_bytes: 0, live_count: 0, ..seen }.times(one_in)
 }
 
 /// Losses by name, all present.

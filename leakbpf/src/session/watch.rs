@@ -8,7 +8,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use leakbpf_common::abi::{
@@ -32,7 +32,7 @@ use crate::{
         exit::{ExitWatch, ExitWatchError},
         maps::{Backing, Maps},
         pagemap::{Pagemap, PagemapError},
-        status::{Identity, Status},
+        status::{Identity, Status, memory_owner},
     },
     profile::{Counters, Event, Process, ProcessId, estimate::Interval},
 };
@@ -49,6 +49,10 @@ const MAX_DETACHING: usize = 32;
 
 /// By so much the sites may fall short of the kernel's account without a word.
 const MOST_UNCOUNTED_BYTES: u64 = 4 << 20;
+
+/// When the first thread of a process has ended, its others have so long to follow: most often the
+/// process is about to end.
+const OTHERS_FOLLOW: Duration = Duration::from_millis(100);
 
 /// A process that was taken in.
 pub struct Attached {
@@ -67,10 +71,14 @@ pub struct Watch {
     pub events: Vec<Event>,
     /// Children that had used an allocator before their own probes were in place.
     pub children_seen_late: u64,
+    /// Processes that went on without the thread that their probes hung on.
+    pub probes_moved: u64,
     pub mapping_losses: u64,
     pub unwinding: Unwinding,
     /// Lives whose mappings were read again: see [`Watch::take_in_mappings`].
     changed: HashSet<Owner>,
+    /// Lives whose first thread has ended, and since when.
+    headless: Vec<(Owner, Instant)>,
     plans: Plans,
     /// By process id; system-wide probes are under 0.
     placed: HashMap<u32, Placed>,
@@ -108,9 +116,11 @@ impl Watch {
             modules: Modules::new(),
             events: Vec::new(),
             children_seen_late: 0,
+            probes_moved: 0,
             mapping_losses: 0,
             unwinding: Unwinding::default(),
             changed: HashSet::new(),
+            headless: Vec::new(),
             plans,
             placed: HashMap::new(),
             exits,
@@ -233,7 +243,7 @@ impl Watch {
         let looked_at = self.plans.of(pid, maps);
         let (key, scope) = match self.system_wide {
             true => (0, None),
-            false => (pid.0, NonZeroU32::new(pid.0)),
+            false => (pid.0, NonZeroU32::new(memory_owner(pid).0)),
         };
         let placed = self.placed.entry(key).or_default();
         let probes_before = placed.len();
@@ -281,6 +291,11 @@ impl Watch {
                 self.seen(seen.head.owner);
             }
             Record::Unmapped(unmapped) => self.unmapped(&unmapped),
+            Record::FirstThreadEnded(head) => {
+                if self.max_pages.is_none() {
+                    self.headless.push((head.owner, Instant::now()));
+                }
+            }
             Record::Page(page) => self.touched(&page),
         }
     }
@@ -458,7 +473,50 @@ impl Watch {
             self.seen_late(pid, "got no probes: too many children come and go");
             return;
         }
-        let _ = self.place(pid, &maps);
+        if exec.old_tid == exec.head.tid || self.max_pages.is_some() {
+            let _ = self.place(pid, &maps);
+        } else {
+            self.move_probes(pid, &maps);
+        }
+    }
+
+    /// Places the probes of a process anew: the kernel looks for its memory through the thread that
+    /// they were placed for (`uprobe_perf_filter` in kernel/trace/trace_uprobe.c), and that is gone.
+    fn move_probes(&mut self, pid: Pid, maps: &Maps) {
+        let former = self.placed.remove(&pid.0);
+        let _ = self.place(pid, maps);
+        if let Some(former) = former {
+            self.detacher.detach(former.into_links());
+        }
+        self.probes_moved += 1;
+        let text = "its first thread ended: the probes were placed anew, what it did meanwhile is \
+                    not known";
+        eprintln!("leakbpf: PID {pid}: {text}");
+        self.note(Some(pid), text.to_owned());
+    }
+
+    /// When [`Self::attend_headless`] has something to do.
+    pub fn headless_due(&self) -> Option<Instant> {
+        self.headless.iter().map(|(_, since)| *since + OTHERS_FOLLOW).min()
+    }
+
+    /// Looks after the processes whose first thread has ended.
+    pub fn attend_headless(&mut self) {
+        let now = Instant::now();
+        let (due, waiting) = std::mem::take(&mut self.headless)
+            .into_iter()
+            .partition(|(_, since)| *since + OTHERS_FOLLOW <= now);
+        self.headless = waiting;
+        for (owner, _) in due {
+            let Some(id) = self.life_of(owner).filter(|id| !self.lives[id.0].ended()) else {
+                continue;
+            };
+            let pid = self.lives[id.0].pid();
+            let maps = maps_of(&self.kernel, owner);
+            if memory_owner(pid) != pid && !maps.is_empty() {
+                self.move_probes(pid, &maps);
+            }
+        }
     }
 
     fn libraries_changed(&mut self, change: &LibrariesRecord) {

@@ -81,6 +81,7 @@ impl SiteTotals {
             allocated_count,
             freed_bytes,
             freed_count,
+            ..Counters::default()
         }
     }
 }
