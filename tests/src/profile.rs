@@ -11,10 +11,20 @@ pub struct Profile {
     pub duration_ns: u64,
     pub processes: Vec<Process>,
     pub totals: Totals,
+    pub estimate: Option<Estimate>,
     pub losses: BTreeMap<String, u64>,
+    pub events: Vec<ReportedEvent>,
     pub sites: Vec<Site>,
     #[serde(default)]
     pub blocks: Vec<Block>,
+}
+
+/// How the numbers came to be, where they are no exact ones.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Estimate {
+    pub unit: String,
+    pub one_in: u64,
+    pub confidence_percent: u64,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -28,10 +38,19 @@ pub struct Process {
     pub end: Option<String>,
 }
 
+/// Something that happened during the session.
+#[derive(Debug, Clone, Deserialize)]
+pub struct ReportedEvent {
+    pub pid: Option<u32>,
+    pub text: String,
+}
+
 #[derive(Debug, Clone, Copy, Deserialize)]
 pub struct Totals {
     pub live_bytes: u64,
     pub live_count: u64,
+    #[serde(default)]
+    pub live_bytes_interval: Option<[u64; 2]>,
     pub allocated_bytes: u64,
     pub allocated_count: u64,
     pub freed_bytes: u64,

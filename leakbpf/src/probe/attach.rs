@@ -105,16 +105,15 @@ pub fn attach(
         ..PerfEventAttr::every_hit()
     };
     // SAFETY: the path that `attr` points to lives until the call returns.
-    link(program, unsafe { open(&attr, pid, ANY_CPU) }?, cookie)
+    link(program, unsafe { open(&attr, pid, FIRST_CPU) }?, cookie)
 }
 
 /// Runs `program` at every event of a tracepoint, on all CPUs. `id` stands in its format file.
 pub fn attach_tracepoint(program: BorrowedFd<'_>, id: u64) -> io::Result<Link> {
     let attr =
         PerfEventAttr { kind: PERF_TYPE_TRACEPOINT, config: id, ..PerfEventAttr::every_hit() };
-    // A system-wide event belongs to one CPU, but its program runs on all.
     // SAFETY: `attr` holds no pointers.
-    link(program, unsafe { open(&attr, None, 0) }?, 0)
+    link(program, unsafe { open(&attr, None, FIRST_CPU) }?, 0)
 }
 
 /// Runs `program` at every page fault of one CPU, whoever has it.
@@ -130,8 +129,8 @@ pub fn attach_page_faults(program: BorrowedFd<'_>, cpu: u32) -> io::Result<Link>
     link(program, unsafe { open(&attr, None, cpu) }?, 0)
 }
 
-/// Of an event that follows a process.
-const ANY_CPU: i64 = -1;
+/// A system-wide probe or tracepoint belongs to one CPU, but its program runs on all.
+const FIRST_CPU: i64 = 0;
 
 /// # Safety
 ///
@@ -139,7 +138,7 @@ const ANY_CPU: i64 = -1;
 unsafe fn open(attr: &PerfEventAttr, pid: Option<NonZeroU32>, cpu: i64) -> io::Result<OwnedFd> {
     // Without a process, the event is of all of them; then it needs a CPU.
     let (pid, cpu) = match pid {
-        Some(pid) => (i64::from(pid.get()), ANY_CPU),
+        Some(pid) => (i64::from(pid.get()), -1),
         None => (-1, cpu),
     };
     // SAFETY: `attr` lives until the call returns, and so does what it points to.

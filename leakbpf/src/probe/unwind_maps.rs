@@ -113,6 +113,16 @@ impl UnwindMaps {
         loading.push(thread);
     }
 
+    /// Waits until all that is being loaded is known, and the kernel's grace period has passed.
+    pub fn wait_until_loaded(&self) {
+        let loading =
+            std::mem::take(&mut *self.loading.lock().unwrap_or_else(PoisonError::into_inner));
+        for thread in loading {
+            // What it could not do is counted.
+            let _ = thread.join();
+        }
+    }
+
     /// Drops tables in the background, after all that is still being loaded. No list of mappings
     /// may name them any more. Calls `dropped` with the serial numbers of those that are gone.
     pub fn unload(&self, serials: Vec<u32>, dropped: impl Fn(u32) + Send + 'static) {

@@ -63,6 +63,12 @@ fn cpu_list(text: &str) -> Vec<u32> {
     ranges.flatten().collect()
 }
 
+/// Whether the kernel maps huge pages wherever it can.
+pub fn maps_huge_pages_unasked() -> bool {
+    line("/sys/kernel/mm/transparent_hugepage/enabled")
+        .is_some_and(|modes| modes.contains("[always]"))
+}
+
 /// The kernel's type information (BTF), where it gives it.
 pub fn kernel_types() -> Option<Vec<u8>> {
     fs::read(KERNEL_TYPES).ok()

@@ -140,7 +140,7 @@ fn pages_that_were_written_are_there_until_they_are_given_back() {
 
 #[test]
 fn the_program_itself_is_a_files() {
-    let page = words_of_the_page_map_are_understood as fn() as u64 / PAGE_BYTES;
+    let page = words_of_the_page_map_are_understood as fn() as usize as u64 / PAGE_BYTES;
     for mut pagemap in ways() {
         let runs = pagemap.scan(page..page + 1).expect("our own page tables");
         assert!(runs.iter().all(|run| run.found.file) && runs.len() == 1, "{runs:?}");

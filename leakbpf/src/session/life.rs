@@ -55,6 +55,8 @@ pub struct Life {
     pub pages: Pages,
     /// Open while the process lives, where pages are looked at.
     pub pagemap: Option<Pagemap>,
+    /// As the kernel counted it when the life was taken in, where pages are looked at.
+    pub anonymous_bytes_before: Option<u64>,
     pub stacks: HashMap<StackId, Stack>,
     /// Known once a stack leads through code made at run time.
     pub perf_map: Option<PerfMapPlace>,
@@ -71,6 +73,7 @@ impl Life {
             mappings,
             pages: Pages::default(),
             pagemap: None,
+            anonymous_bytes_before: None,
             stacks: HashMap::new(),
             perf_map: None,
             folded: false,

@@ -126,8 +126,14 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
         Mode::Sample { .. } => {
             Some(kernel.attach_mapping_functions().map(|()| MappingEvents::Functions))
         }
-        Mode::Pages { .. } => {
+        Mode::Pages { one_in } => {
             kernel.attach_page_faults(&host::online_cpus())?;
+            if one_in > 1 && host::maps_huge_pages_unasked() {
+                eprintln!(
+                    "leakbpf: this machine uses huge pages wherever it can, so there are few page \
+                     faults to see: --page-interval 1 costs little and errs less"
+                );
+            }
             None
         }
     };
@@ -183,9 +189,12 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
             watch.begin()?;
             if placed.len() > ANNOUNCED_ONE_BY_ONE {
                 eprintln!(
-                    "leakbpf: attached to {} processes: {} probes in {} ms",
+                    "leakbpf: attached to {} processes: {} in {} ms",
                     placed.len(),
-                    watch.probes(),
+                    match config.mode {
+                        Mode::Exact | Mode::Sample { .. } => format!("{} probes", watch.probes()),
+                        Mode::Pages { one_in } => pages_in_words(one_in),
+                    },
                     started.elapsed().as_millis()
                 );
             } else {
@@ -330,6 +339,13 @@ fn seed() -> u32 {
     RandomState::new().hash_one(monotonic_ns()) as u32
 }
 
+fn pages_in_words(one_in: u32) -> String {
+    match one_in {
+        1 => "every page".to_owned(),
+        _ => format!("1 in {one_in} pages"),
+    }
+}
+
 fn announce(attached: &Attached, watch: &Watch, config: &Config, started: Instant) {
     let comm = watch
         .lives
@@ -338,8 +354,7 @@ fn announce(attached: &Attached, watch: &Watch, config: &Config, started: Instan
         .map_or("", |life| life.process.comm.as_str());
     let what = match config.mode {
         Mode::Exact | Mode::Sample { .. } => format!("{} functions", attached.functions),
-        Mode::Pages { one_in: 1 } => "every page".to_owned(),
-        Mode::Pages { one_in } => format!("1 in {one_in} pages"),
+        Mode::Pages { one_in } => pages_in_words(one_in),
     };
     eprintln!(
         "leakbpf: attached to PID {} ({}): {what} in {} ms",
@@ -647,6 +662,11 @@ impl Session<'_> {
         self.watch.kernel.detach_page_faults();
         self.drain();
         self.watch.look_at_pages(true);
+        // For those that were not there when they were looked at first.
+        self.watch.look_at_pages(true);
+        if let Mode::Pages { one_in } = self.config.mode {
+            self.watch.compare_with_the_kernels_account(one_in);
+        }
         let mut profile = self.profile(true, now_ns)?;
         let filter = self.config.filter;
         let outstanding = self.sites.outstanding(

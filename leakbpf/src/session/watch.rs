@@ -32,9 +32,9 @@ use crate::{
         exit::{ExitWatch, ExitWatchError},
         maps::{Backing, Maps},
         pagemap::{Pagemap, PagemapError},
-        status::{Identity, memory_owner},
+        status::{Identity, Status, memory_owner},
     },
-    profile::{Event, Process, ProcessId},
+    profile::{Counters, Event, Process, ProcessId, estimate::Interval},
 };
 
 /// Most events that are listed: a session of days must not fill the agent's memory.
@@ -46,6 +46,9 @@ const LATE_CHILDREN_LISTED: u64 = 10;
 /// Probes that may be waiting to be taken away before children that come get none. The kernel
 /// takes some 70 ms for each, one after the other, and placing one waits for the same lock.
 const MAX_DETACHING: usize = 32;
+
+/// By so much the sites may fall short of the kernel's account without a word.
+const MOST_UNCOUNTED_BYTES: u64 = 4 << 20;
 
 /// When the first thread of a process has ended, its others have so long to follow: most often the
 /// process is about to end.
@@ -135,6 +138,10 @@ impl Watch {
 
     /// Counts from now on.
     pub fn begin(&mut self) -> Result<(), SessionError> {
+        // Placing probes takes longer than that; without any, the first stacks would find no rows.
+        if self.max_pages.is_some() {
+            self.kernel.unwind.wait_until_loaded();
+        }
         self.began_ns = monotonic_ns();
         self.kernel.enable(true)?;
         Ok(())
@@ -201,6 +208,7 @@ impl Watch {
         };
         let opened = Pagemap::open(life.pid()).ok();
         let state = self.kernel.processes.get(&life.process.pid).ok().flatten();
+        life.anonymous_bytes_before = anonymous_bytes(life.pid());
         life.pagemap = opened.filter(|_| state.is_none_or(|state| state.owner == life.owner));
     }
 
@@ -314,11 +322,14 @@ impl Watch {
         }
         let mut unreadable = Vec::new();
         for life in self.lives.iter_mut().filter(|life| all || life.pages.has_fresh()) {
-            let Some(pagemap) = life.pagemap.as_mut() else { continue };
+            let Some(pagemap) = life.pagemap.as_mut() else {
+                life.end_pages();
+                continue;
+            };
             match life.pages.look(all, |pages| pagemap.scan(pages)) {
                 Ok(()) => {}
-                // Its end will be told; what it held is known as of the last look.
-                Err(PagemapError::Gone) => life.pagemap = None,
+                // Its end will be told. What it held is known as of the last look.
+                Err(PagemapError::Gone) => life.end_pages(),
                 Err(PagemapError::Unreadable(error)) => {
                     life.pagemap = None;
                     let text = format!("what it gives back is not seen any more: {error}");
@@ -328,6 +339,35 @@ impl Watch {
         }
         unreadable.into_iter().for_each(|(pid, text)| self.note(Some(pid), text));
         self.pages = self.lives.iter().map(|life| life.pages.len()).sum();
+    }
+
+    /// Notes where the kernel's own account says that the sites leave much unexplained.
+    pub fn compare_with_the_kernels_account(&mut self, one_in: u32) {
+        let mut unexplained = Vec::new();
+        for life in self.lives.iter().filter(|life| life.pagemap.is_some() && !life.ended()) {
+            let (Some(before), Some(now)) =
+                (life.anonymous_bytes_before, anonymous_bytes(life.pid()))
+            else {
+                continue;
+            };
+            let grown = now.saturating_sub(before);
+            let mut sum = Counters::default();
+            life.pages.counters().values().for_each(|counters| sum.add(counters));
+            let (_, high) = Interval::of_pages(&sum.times(one_in), one_in).bytes;
+            // The kernel counts in steps on each CPU.
+            if grown > high.saturating_add(grown / 10).saturating_add(MOST_UNCOUNTED_BYTES) {
+                unexplained.push((life.pid(), grown, sum.times(one_in).live_bytes));
+            }
+        }
+        for (pid, grown, explained) in unexplained {
+            let text = format!(
+                "anonymous memory grew by {} MiB in all, of which the sites explain {} MiB: memory \
+                 that mremap moved is not followed",
+                grown >> 20,
+                explained >> 20
+            );
+            self.note(Some(pid), text);
+        }
     }
 
     fn life_of(&self, owner: Owner) -> Option<ProcessId> {
@@ -646,6 +686,11 @@ impl Drop for Detacher {
             let _ = thread.join();
         }
     }
+}
+
+/// Anonymous memory of a process that is resident, by the kernel's account.
+fn anonymous_bytes(pid: Pid) -> Option<u64> {
+    Status::of(pid).ok()?.anonymous_resident_bytes
 }
 
 /// Generation of a life that the agent begins; those of the kernel side count time, too.

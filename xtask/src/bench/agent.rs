@@ -21,6 +21,8 @@ pub enum Tracer {
     Naive,
     /// leakbpf, counting every block.
     Exact,
+    /// leakbpf, looking at some pages.
+    Pages,
 }
 
 pub struct Agent {
@@ -43,6 +45,7 @@ impl Agent {
             Tracer::Floor => command.args(["bench-floor"]),
             Tracer::Naive => command.args(["bench-floor", "--naive"]),
             Tracer::Exact => command.args(["record", "--no-cache", "--interval", "1h"]),
+            Tracer::Pages => command.args(["record", "--no-cache", "--mode", "pages"]),
         };
         command.args(["-p", &pid.to_string()]).args(arguments);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());

@@ -46,6 +46,8 @@ const CASES: [Case; 3] = [
     },
 ];
 
+const TRACERS: [(Tracer, &str); 2] = [(Tracer::Exact, ""), (Tracer::Pages, ", `--mode pages`")];
+
 /// One run of a load.
 struct Load {
     requests_per_second: f64,
@@ -77,29 +79,34 @@ pub fn run(rounds: usize) -> Result<String> {
     ]);
     for case in &CASES {
         let running = Running::start(case.server)?;
-        let (mut untraced, mut traced) = (Loads::default(), Loads::default());
+        let mut untraced = Loads::default();
+        let mut traced = TRACERS.map(|(tracer, what)| (tracer, what, Loads::default()));
         // Fills the key space, so that both see the same mix of new and replaced values.
         running.load(case)?;
         for round in 0..rounds {
             eprintln!("servers: {}, round {} of {rounds}", case.name, round + 1);
             untraced.push(&running.load(case)?);
-            let agent = Agent::attach(Tracer::Exact, running.pid(), &[])?;
-            traced.push(&running.load(case)?);
-            agent.stop()?;
+            for (tracer, _, traced) in &mut traced {
+                let agent = Agent::attach(*tracer, running.pid(), &[])?;
+                traced.push(&running.load(case)?);
+                agent.stop()?;
+            }
         }
-        let rates = [&untraced, &traced].map(|loads| loads.requests_per_second.median());
-        let times = [&untraced, &traced].map(|loads| loads.cpu_us_per_request.median());
-        table.row(
-            case.name,
-            &[
-                figure(rates[0]),
-                figure(rates[1]),
-                ratio(rates[1], rates[0]),
-                figure(times[0]),
-                figure(times[1]),
-                ratio(times[1], times[0]),
-            ],
-        );
+        for (_, what, traced) in &traced {
+            let rates = [&untraced, traced].map(|loads| loads.requests_per_second.median());
+            let times = [&untraced, traced].map(|loads| loads.cpu_us_per_request.median());
+            table.row(
+                &format!("{}{what}", case.name),
+                &[
+                    figure(rates[0]),
+                    figure(rates[1]),
+                    ratio(rates[1], rates[0]),
+                    figure(times[0]),
+                    figure(times[1]),
+                    ratio(times[1], times[0]),
+                ],
+            );
+        }
     }
     Ok(table.text().to_owned())
 }
