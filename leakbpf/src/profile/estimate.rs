@@ -128,11 +128,16 @@ impl Interval {
         let bytes_variance = bytes as f64 / Spread::BYTES_UNIT * interval * interval;
         let count_variance = count as f64 / Spread::COUNT_UNIT;
         let whole = |(low, high): (f64, f64)| (low.floor() as u64, high.ceil() as u64);
-        // No block was chosen: neither are as many bytes as are in a few intervals.
-        let none = DEVIATIONS * DEVIATIONS * interval;
+        // No block was chosen: of all blocks one in 512 is, and of their bytes one in an interval.
+        let none = DEVIATIONS * DEVIATIONS;
+        let rarest = sampling::weight(0, interval_bytes.into()).count >> COUNT_SHIFT;
         Self {
-            bytes: whole(score_ends(counters.live_bytes as f64, bytes_variance, none)),
-            count: whole(score_ends(counters.live_count as f64, count_variance, none)),
+            bytes: whole(score_ends(counters.live_bytes as f64, bytes_variance, none * interval)),
+            count: whole(score_ends(
+                counters.live_count as f64,
+                count_variance,
+                none * rarest as f64,
+            )),
         }
     }
 }
@@ -274,7 +279,7 @@ mod tests {
     #[test]
     fn nothing_chosen_may_be_a_few_intervals() {
         let interval = Interval::of_samples(&Counters::default(), 1000);
-        assert_eq!((interval.bytes, interval.count), ((0, 3842), (0, 3842)));
+        assert_eq!((interval.bytes, interval.count), ((0, 3842), (0, 1921)));
     }
 
     #[test]

@@ -233,6 +233,28 @@ pub fn pages() -> Profile {
     profile
 }
 
+/// Blocks of a process were sampled: a site with many small ones, one with large ones, which are all
+/// there, and mappings, which are counted.
+pub fn sampled() -> Profile {
+    let mut profile = server();
+    profile.mode = Mode::Sample { interval_bytes: 512 << 10 };
+    profile.processes.truncate(1);
+    profile.sites.retain(|site| site.process == ProcessId(0));
+    profile.blocks.clear();
+    let live = [(0..40).map(|n| 100 + 10 * n).collect(), vec![16 << 20; 3]];
+    let heap = profile.sites.iter_mut().filter(|site| site.kind == SiteKind::Heap);
+    for (site, sizes) in heap.zip::<[Vec<u64>; 2]>(live) {
+        site.clear_live();
+        for (n, size_bytes) in sizes.into_iter().enumerate() {
+            site.count_live(size_bytes, (n as u64 + 1) * SECOND, profile.mode);
+        }
+        site.counters.allocated_bytes = site.counters.live_bytes + 5_000_000;
+        site.counters.allocated_count = site.counters.live_count + 900;
+        (site.counters.freed_bytes, site.counters.freed_count) = (5_000_000, 900);
+    }
+    profile
+}
+
 /// One process, whose names attack the reader and whose session lost events.
 pub fn hostile() -> Profile {
     let mut profile = server();

@@ -38,6 +38,7 @@ fn the_table_is_as_checked_in() {
     let options = ReportOptions::default();
     assert_golden("server.txt", &text(Format::Text, &samples::server(), &options));
     assert_golden("server-blocks.txt", &text(Format::Text, &samples::server(), &with_blocks()));
+    assert_golden("sampled.txt", &text(Format::Text, &samples::sampled(), &options));
     assert_golden("pages.txt", &text(Format::Text, &samples::pages(), &options));
     assert_golden("hostile.txt", &text(Format::Text, &samples::hostile(), &options));
     assert_golden("empty.txt", &text(Format::Text, &samples::empty(), &options));
@@ -53,6 +54,7 @@ fn json_is_as_checked_in() {
         serde_json::to_string_pretty(&value).unwrap().replace(env!("CARGO_PKG_VERSION"), "VERSION")
     };
     assert_golden("server.json", &pretty(&samples::server(), &with_blocks()));
+    assert_golden("sampled.json", &pretty(&samples::sampled(), &with_blocks()));
     assert_golden("pages.json", &pretty(&samples::pages(), &with_blocks()));
     assert_golden("empty.json", &pretty(&samples::empty(), &ReportOptions::default()));
 }
