@@ -251,7 +251,7 @@ mod tests {
                     sampling::choose(&mut until, size_bytes, interval_bytes.into(), || {
                         random.next()
                     });
-                if random.next() % 3 == 0 {
+                if random.next().is_multiple_of(3) {
                     truth = (truth.0 + size_bytes, truth.1 + 1);
                     if chosen {
                         seen.hold(mode.weight(SiteKind::Heap, size_bytes));
