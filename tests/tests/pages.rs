@@ -138,6 +138,8 @@ fn pages_that_come_and_go_are_counted_once() {
     let session = watch(&target);
     let (profile, grown) = grown(&mut target, session, &["churns 100"]);
     assert_within_a_tenth("all", profile.totals.live_bytes, grown, &profile);
+    let touched = profile.totals.allocated_bytes;
+    assert_within_a_tenth("touched", touched, 825 * MIB, &profile);
 }
 
 #[test]
