@@ -305,6 +305,18 @@ fn overflowing_product(first: u64, second: u64) -> (u64, bool) {
     (product, cross >> 32 == 0 && product >= low)
 }
 
+/// A call returns that leaves no trace: its block was not chosen, and it held none aside. When it is
+/// not such a call, nothing is changed, and [`leave`] has to deal with it.
+#[inline(always)]
+pub fn leave_unseen(thread: &mut ThreadState, stack_pointer: u64) -> bool {
+    let call = &thread.calls[thread.innermost()];
+    let unseen = call.chosen | call.aside == 0 && call.stack_pointer == stack_pointer;
+    if unseen {
+        thread.depth -= 1;
+    }
+    unseen
+}
+
 /// A call of a process that is now `owner` returns `result`; `stack_pointer` is that of its entry. The block that it made, if any,
 /// goes to [`born`] once its stack is known.
 #[inline(always)]

@@ -19,7 +19,7 @@ use leakbpf_common::{
 
 use crate::{
     books::KernelBooks,
-    maps::{self, THREADS},
+    maps::{self, THREADS, settings},
     processes, stack,
 };
 
@@ -210,8 +210,12 @@ fn settle(ended: impl FnOnce() -> Option<Return>) -> Option<()> {
     if thread.depth == 0 {
         return None;
     }
-    let process = processes::watched((pid_tgid >> 32) as u32)?;
     let Return { result, stack_pointer, registers } = ended()?;
+    let samples = settings::get(&settings::SAMPLE_INTERVAL) != 0;
+    if samples && ledger::leave_unseen(thread, stack_pointer) {
+        return None;
+    }
+    let process = processes::watched((pid_tgid >> 32) as u32)?;
     let mut books = KernelBooks::new();
     let birth = ledger::leave(thread, &mut books, process.owner, stack_pointer, result)?;
     let captured = stack::capture(process.owner, process.library_epoch, &registers);

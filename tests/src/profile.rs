@@ -49,8 +49,9 @@ pub struct ReportedEvent {
 pub struct Totals {
     pub live_bytes: u64,
     pub live_count: u64,
-    #[serde(default)]
+    /// Where modes estimate: what holds the truth in 95 of 100 cases.
     pub live_bytes_interval: Option<[u64; 2]>,
+    pub live_count_interval: Option<[u64; 2]>,
     pub allocated_bytes: u64,
     pub allocated_count: u64,
     pub freed_bytes: u64,

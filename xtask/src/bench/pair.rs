@@ -30,6 +30,7 @@ struct Costs {
     naive: Samples,
     exact: Samples,
     exact_deep: Samples,
+    sample: Samples,
 }
 
 /// Measures everything `rounds` times, in turn.
@@ -63,6 +64,7 @@ pub fn run(rounds: usize) -> Result<String> {
         ("floor: empty programs at leakbpf's sites", &glibc.floor),
         ("leakbpf exact", &glibc.exact),
         (deep.as_str(), &glibc.exact_deep),
+        ("leakbpf sample, every 512 KiB", &glibc.sample),
         ("empty programs at the functions' first instructions", &glibc.naive),
         ("heaptrack", heaptrack),
         (heaptrack_deep_name.as_str(), heaptrack_deep),
@@ -88,6 +90,8 @@ pub fn run(rounds: usize) -> Result<String> {
         "floor",
         "leakbpf exact",
         "exact of floor",
+        "leakbpf sample",
+        "sample of floor",
         "first instructions, empty",
         "that of exact",
     ]);
@@ -99,6 +103,8 @@ pub fn run(rounds: usize) -> Result<String> {
                 figure(costs.floor.min()),
                 figure(costs.exact.min()),
                 ratio(costs.exact.min(), costs.floor.min()),
+                figure(costs.sample.min()),
+                ratio(costs.sample.min(), costs.floor.min()),
                 figure(costs.naive.min()),
                 ratio(costs.naive.min(), costs.exact.min()),
             ],
@@ -122,6 +128,9 @@ fn measure(path: &Path, library: Option<&str>, costs: &mut Costs) -> Result<()> 
     let agent = Agent::attach(Tracer::Exact, program.pid(), &[])?;
     costs.exact.push(pair_ns(&mut program, 0)?);
     costs.exact_deep.push(pair_ns(&mut program, DEEP)?);
+    agent.stop()?;
+    let agent = Agent::attach(Tracer::Exact, program.pid(), &["--mode", "sample"])?;
+    costs.sample.push(pair_ns(&mut program, 0)?);
     agent.stop()?;
     costs.untraced.push(pair_ns(&mut program, 0)?);
     Ok(())
