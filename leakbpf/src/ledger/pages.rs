@@ -118,8 +118,13 @@ impl Pages {
     /// no second one else.
     pub fn touch(&mut self, address: u64, stack: StackId, born_ns: u64) {
         let page = address / PAGE_BYTES;
-        self.touched
-            .insert(page, Touched { stack, born_ns, state: State::Fresh, resident_pages: 0 });
+        let touched = Touched { stack, born_ns, state: State::Fresh, resident_pages: 0 };
+        if let Some(before) = self.touched.insert(page, touched)
+            && matches!(before.state, State::Fresh | State::Late)
+        {
+            // It came and went before anybody looked.
+            self.count(before.stack, PAGE_BYTES);
+        }
         self.fresh.push(page);
     }
 

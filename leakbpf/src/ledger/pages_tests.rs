@@ -94,6 +94,15 @@ fn a_page_that_comes_back_belongs_to_who_touched_it_then() {
 }
 
 #[test]
+fn pages_that_come_and_go_between_two_looks_were_touched() {
+    let mut pages = Pages::default();
+    (0..5).for_each(|time| touch(&mut pages, 9, A, time));
+    look(&mut pages, true, &[run(9..10, ANONYMOUS)]);
+    let sum = counters(&pages, A);
+    assert_eq!((sum.live_count, sum.allocated_count, sum.freed_count), (1, 5, 4));
+}
+
+#[test]
 fn a_fault_that_takes_its_time_is_waited_for_once() {
     let mut pages = Pages::default();
     touch(&mut pages, 1, A, 1);
