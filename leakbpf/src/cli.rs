@@ -90,6 +90,11 @@ pub struct RecordArgs {
     /// Do not follow children made by fork
     #[arg(long)]
     pub no_follow: bool,
+    /// Place each probe once for all processes that map the file, though only the chosen ones count:
+    /// children are seen from their first instruction on, and hundreds of processes cost no more
+    /// than one, but every other process pays for the traps, too
+    #[arg(long)]
+    pub shared_probes: bool,
     /// Most outstanding blocks to keep, at about 100 bytes of kernel memory each, or, in the mode
     /// `pages`, pages, at about 60 bytes
     #[arg(long, value_name = "N", default_value_t = 1 << 21, value_parser = clap::value_parser!(u32).range(1..=1 << 28))]

@@ -45,6 +45,31 @@ static void fork_and_wait(int count, char **arguments) {
     say("child %d", (int)child);
 }
 
+/* As its first act the child makes blocks of 4100 to 4119 bytes and frees every other one. Says
+ * `child PID`. */
+static void fork_at_once(int count, char **arguments) {
+    (void)count, (void)arguments;
+    int from_child[2];
+    require(pipe(to_child) == 0 && pipe(from_child) == 0);
+    pid_t child = fork();
+    require(child >= 0);
+    if (child == 0) {
+        for (size_t i = 0; i < 20; i++) {
+            void *volatile block = malloc(4100 + i);
+            if (i % 2) free(block);
+        }
+        close(to_child[1]);
+        if (write(from_child[1], "x", 1) != 1) _exit(1);
+        char byte;
+        (void)!read(to_child[0], &byte, 1);
+        _exit(0);
+    }
+    close(to_child[0]);
+    char byte;
+    require(read(from_child[0], &byte, 1) == 1);
+    say("child %d", (int)child);
+}
+
 /* Children that end at once, and leave blocks that die with them. */
 static void forks(int count, char **arguments) {
     (void)count, (void)arguments;
@@ -161,6 +186,7 @@ static const struct scenario scenarios[] = {
     {"hold", hold},
     {"fork", fork_and_wait},
     {"forks", forks},
+    {"fork_at_once", fork_at_once},
     {"vforks", vforks},
     {"vfork_allocates", vfork_allocates},
     {"spawns", spawns},

@@ -17,16 +17,41 @@ fn a_forked_child_has_books_of_its_own() {
     let attached_ns = session.attached_ns();
     target.run("hold");
     let said = target.run("fork");
-    let child = said
-        .iter()
-        .find_map(|line| line.strip_prefix("child ")?.parse::<u32>().ok())
-        .expect("the target says its child's process id");
+    let child = child_of(&said);
     let (parents, childs) = (target.books(), target.books_of(child));
     let profile = session.stop();
     assert_heap_equals(&profile, target.pid(), &parents, attached_ns);
     assert!(childs.blocks.len() >= 10);
     assert_heap_equals(&profile, child, &childs, attached_ns);
     assert!(profile.processes.iter().any(|process| process.pid == child));
+}
+
+#[test]
+fn shared_probes_see_a_child_from_its_first_instruction() {
+    let mut target = Target::start(&c_program("processes", Allocator::Glibc));
+    let mut bystander = Target::start(&c_program("processes", Allocator::Glibc));
+    let session = Leakbpf::record().pid(target.pid()).argument("--shared-probes").start();
+    for _ in 0..5 {
+        let said = target.run("fork_at_once");
+        assert!(child_of(&said) > 0);
+    }
+    bystander.run("make 10 999");
+    let profile = session.stop();
+    profile.assert_no_losses();
+    assert_eq!(profile.losses["children_seen_late"], 0);
+    assert_eq!(profile.processes.len(), 6, "the parent and its children, nobody else");
+    for child in profile.processes.iter().filter(|process| process.pid != target.pid()) {
+        let mut sizes: Vec<u64> =
+            profile.heap_blocks(child.pid).values().map(|block| block.size).collect();
+        sizes.sort_unstable();
+        assert_eq!(sizes, (4100..4120).step_by(2).collect::<Vec<_>>(), "{child:?}");
+    }
+}
+
+fn child_of(said: &[String]) -> u32 {
+    said.iter()
+        .find_map(|line| line.strip_prefix("child ")?.parse().ok())
+        .expect("the target says its child's process id")
 }
 
 #[test]

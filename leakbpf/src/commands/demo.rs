@@ -36,6 +36,7 @@ pub fn run() -> Result<u8, Failure> {
         sort: Sort::Bytes,
         blocks: false,
         follow_forks: true,
+        shared_probes: false,
         max_blocks: 1 << 18,
         stack: StackMethod::Auto,
         cache: true,

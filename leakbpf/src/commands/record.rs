@@ -53,6 +53,7 @@ fn config(args: RecordArgs) -> anyhow::Result<Config> {
         sort: args.sort.into(),
         blocks: args.blocks,
         follow_forks: !args.no_follow,
+        shared_probes: args.shared_probes || args.all,
         max_blocks: args.max_blocks,
         stack: match args.stack {
             StackArg::Auto => StackMethod::Auto,

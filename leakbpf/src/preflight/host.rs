@@ -126,6 +126,24 @@ pub fn judge(host: &HostFacts) -> Vec<Check> {
     checks
 }
 
+/// For probes that every process gets, now or later: what kills some may come to any.
+pub fn judge_for_shared_probes(host: &HostFacts) -> Vec<Check> {
+    let mut checks = judge(host);
+    if host.seccomp_crashes_return_probes() {
+        let hazard = &SECCOMP_STOPS_RETURN_PROBES;
+        checks.push(Check::fail(
+            "seccomp",
+            format!(
+                "on kernel {} {} ({}), and services of the machine may have filters",
+                host.kernel_release, hazard.consequence, hazard.source
+            ),
+            "watch single processes (-p, --name, --cgroup) without --shared-probes, or update the \
+             kernel to 6.12.14, 6.13.3, 6.14 or later",
+        ));
+    }
+    checks
+}
+
 /// What matters to the mode `pages`, which places no probes.
 pub fn judge_for_pages(host: &HostFacts) -> Vec<Check> {
     let mut checks = vec![

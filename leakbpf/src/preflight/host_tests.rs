@@ -193,3 +193,17 @@ fn looking_at_pages_needs_perf_events_types_and_a_kernel_from_6_1_on() {
     let without_uprobes = judge_for_pages(&HostFacts { uprobe_event_type: None, ..good_host() });
     assert!(without_uprobes.iter().all(|check| check.verdict == Verdict::Ok));
 }
+
+#[test]
+fn probes_for_all_processes_are_refused_where_they_may_kill_one() {
+    let failed = |host: &HostFacts| {
+        let checks = judge_for_shared_probes(host);
+        checks.into_iter().any(|check| check.name == "seccomp" && check.verdict == Verdict::Fail)
+    };
+    let mut host = good_host();
+    assert!(!failed(&host));
+    host.seccomp_and_return_probes = SeccompAndReturnProbes::Crash;
+    assert!(failed(&host));
+    let single = judge(&host).into_iter().all(|check| check.verdict != Verdict::Fail);
+    assert!(single, "a process without a filter can be watched");
+}

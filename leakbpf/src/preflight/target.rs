@@ -1,8 +1,8 @@
 //! What one process allows.
 
-use super::Check;
 use super::hazards::{RETURN_PROBES_MISS_SHADOW_STACK, SECCOMP_STOPS_RETURN_PROBES};
 use super::host::HostFacts;
+use super::{Check, Verdict};
 use crate::process::status::{ElfKind, SeccompMode};
 
 /// `EM_X86_64`.
@@ -32,6 +32,20 @@ pub fn judge(target: &TargetFacts, host: &HostFacts) -> Vec<Check> {
         return vec![memory];
     }
     vec![memory, executable(target), seccomp(target, host), shadow_stack(target, host), go(target)]
+}
+
+/// A process that gets probes only because all do.
+pub fn judge_bystander(target: &TargetFacts, host: &HostFacts) -> Vec<Check> {
+    let mut check = shadow_stack(target, host);
+    if check.verdict == Verdict::Fail {
+        check.found = format!("process {} ({}): {}", target.pid, target.comm, check.found);
+        check.remedy = Some(
+            "update the kernel to 6.11 or later, or watch single processes (-p, --name, --cgroup) \
+             without --shared-probes"
+                .to_owned(),
+        );
+    }
+    vec![check]
 }
 
 /// The same for the mode `pages`, which changes nothing in the process.
@@ -122,7 +136,6 @@ fn go(target: &TargetFacts) -> Check {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::preflight::Verdict;
     use crate::preflight::host::SeccompAndReturnProbes;
     use crate::preflight::host::tests::good_host;
 
@@ -201,6 +214,21 @@ mod tests {
             host.seccomp_and_return_probes = SeccompAndReturnProbes::Crash;
         });
         assert_eq!(without_filter, []);
+    }
+
+    #[test]
+    fn a_bystander_matters_only_where_its_shadow_stack_does() {
+        let mut host = good_host();
+        let target = TargetFacts { shadow_stack: true, elf: None, ..good_target() };
+        let failed = |target: &TargetFacts, host: &HostFacts| {
+            judge_bystander(target, host).iter().any(|check| check.verdict == Verdict::Fail)
+        };
+        assert!(!failed(&target, &host));
+        host.kernel_release = "6.8.0".to_owned();
+        assert!(failed(&target, &host));
+        assert!(!failed(&good_target(), &host));
+        let check = &judge_bystander(&target, &host)[0];
+        assert!(check.found.starts_with("process 7 (server): "), "{}", check.found);
     }
 
     #[test]

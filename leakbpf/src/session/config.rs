@@ -48,6 +48,8 @@ pub struct Config {
     pub sort: Sort,
     pub blocks: bool,
     pub follow_forks: bool,
+    /// One probe for all processes that map a file, instead of one for each that is watched.
+    pub shared_probes: bool,
     /// Of the mode that looks at pages: most of them to keep.
     pub max_blocks: u32,
     pub stack: StackMethod,

@@ -99,6 +99,9 @@ const LOOK_AT_FRESH_PAGES: Duration = Duration::from_millis(250);
 /// More processes than these are announced in one line.
 const ANNOUNCED_ONE_BY_ONE: usize = 8;
 
+/// With more processes than these, the cost of probes for each is worth a word.
+const PROBED_ONE_BY_ONE: usize = 32;
+
 /// Runs a session from preflight to the last report; returns the exit status.
 pub async fn run(config: &Config) -> Result<u8, SessionError> {
     let started = Instant::now();
@@ -106,6 +109,11 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
     let descriptors = limits::raise_open_files();
     let host = host::observe();
     let checks = match config.mode {
+        Mode::Exact | Mode::Sample { .. } if config.shared_probes => {
+            let mut checks = preflight::host::judge_for_shared_probes(&host);
+            checks.extend(bystanders(&host)?);
+            checks
+        }
         Mode::Exact | Mode::Sample { .. } => preflight::host::judge(&host),
         Mode::Pages { .. } => preflight::host::judge_for_pages(&host),
     };
@@ -139,14 +147,15 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
     };
     let records = kernel.take_records()?;
     let (exits, mut exited) = mpsc::unbounded_channel();
-    let system_wide = matches!(config.target, Target::Running(Selector::All));
+    let endless = matches!(config.target, Target::Running(Selector::All));
     let plans = Plans::new(planner);
     let mappings = matches!(mapping_events, Some(Ok(_)));
     let max_pages = match config.mode {
         Mode::Exact | Mode::Sample { .. } => None,
         Mode::Pages { .. } => Some(config.max_blocks as usize),
     };
-    let mut watch = Watch::new(kernel, plans, system_wide, mappings, max_pages, exits);
+    let mut watch =
+        Watch::new(kernel, plans, config.shared_probes, endless, mappings, max_pages, exits);
     if config.cache {
         watch.modules.use_cache();
     }
@@ -187,6 +196,14 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
                 }
             }
             watch.begin()?;
+            if placed.len() > PROBED_ONE_BY_ONE && watch.probes() > placed.len() {
+                eprintln!(
+                    "leakbpf: {} processes have probes of their own: the kernel asks each process's at \
+                     each hit, some 45 ns each, and takes them away one by one, some 70 ms each; \
+                     --shared-probes has one for all",
+                    placed.len()
+                );
+            }
             if placed.len() > ANNOUNCED_ONE_BY_ONE {
                 eprintln!(
                     "leakbpf: attached to {} processes: {} in {} ms",
@@ -237,6 +254,14 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
     let status = session.wait(&mut signals, &mut exited, program.as_mut(), &mut output).await?;
     session.finish(output)?;
     Ok(status)
+}
+
+/// Whether probes in every process would harm one that runs.
+fn bystanders(host: &preflight::host::HostFacts) -> Result<Vec<preflight::Check>, SessionError> {
+    let judge = |facts| preflight::target::judge_bystander(&facts, host);
+    let observed =
+        select(&Selector::All)?.into_iter().filter_map(|pid| target::observe(pid, false).ok());
+    Ok(observed.flat_map(judge).collect())
 }
 
 /// Checks each process; of several found by name or group, those that can't be traced are left out

@@ -83,7 +83,10 @@ pub struct Watch {
     /// By process id; system-wide probes are under 0.
     placed: HashMap<u32, Placed>,
     exits: tokio::sync::mpsc::UnboundedSender<(Pid, Owner)>,
-    system_wide: bool,
+    /// Probes are not for single processes.
+    shared_probes: bool,
+    /// There is always another process.
+    endless: bool,
     mappings: bool,
     /// How many pages are kept, where pages are looked at and nothing is probed.
     max_pages: Option<usize>,
@@ -104,7 +107,8 @@ impl Watch {
     pub fn new(
         kernel: Kernel,
         plans: Plans,
-        system_wide: bool,
+        shared_probes: bool,
+        endless: bool,
         mappings: bool,
         max_pages: Option<usize>,
         exits: tokio::sync::mpsc::UnboundedSender<(Pid, Owner)>,
@@ -124,7 +128,8 @@ impl Watch {
             plans,
             placed: HashMap::new(),
             exits,
-            system_wide,
+            shared_probes,
+            endless,
             mappings,
             max_pages,
             pages: 0,
@@ -241,7 +246,7 @@ impl Watch {
             return Ok(Attached { pid, functions: 0, probes: 0, looked_at: Vec::new() });
         }
         let looked_at = self.plans.of(pid, maps);
-        let (key, scope) = match self.system_wide {
+        let (key, scope) = match self.shared_probes {
             true => (0, None),
             false => (pid.0, NonZeroU32::new(memory_owner(pid).0)),
         };
@@ -292,7 +297,7 @@ impl Watch {
             }
             Record::Unmapped(unmapped) => self.unmapped(&unmapped),
             Record::FirstThreadEnded(head) => {
-                if self.max_pages.is_none() {
+                if self.probes_hang_on_threads() {
                     self.headless.push((head.owner, Instant::now()));
                 }
             }
@@ -419,7 +424,7 @@ impl Watch {
         // The kernel side has given it its parent's list already; what counts here is the order
         // in which the agent takes and drops tables, and that waits for the probes.
         self.changed.insert(fork.child);
-        if self.system_wide || self.max_pages.is_some() {
+        if self.shared_probes || self.max_pages.is_some() {
             return;
         }
         let untouched = self.probes_untouched(fork.head.owner.tgid(), pid, &maps);
@@ -473,7 +478,7 @@ impl Watch {
             self.seen_late(pid, "got no probes: too many children come and go");
             return;
         }
-        if exec.old_tid == exec.head.tid || self.max_pages.is_some() {
+        if exec.old_tid == exec.head.tid || !self.probes_hang_on_threads() {
             let _ = self.place(pid, &maps);
         } else {
             self.move_probes(pid, &maps);
@@ -493,6 +498,10 @@ impl Watch {
                     not known";
         eprintln!("leakbpf: PID {pid}: {text}");
         self.note(Some(pid), text.to_owned());
+    }
+
+    fn probes_hang_on_threads(&self) -> bool {
+        !self.shared_probes && self.max_pages.is_none()
     }
 
     /// When [`Self::attend_headless`] has something to do.
@@ -621,7 +630,7 @@ impl Watch {
 
     /// Whether every process of the session has ended.
     pub fn all_ended(&self) -> bool {
-        !self.system_wide && self.lives.iter().all(Life::ended)
+        !self.endless && self.lives.iter().all(Life::ended)
     }
 
     /// Takes every probe away, in the background: the kernel waits for a grace period with each
