@@ -13,6 +13,7 @@ pub mod loader;
 pub mod mapped_file;
 pub mod maps;
 pub mod memory;
+pub mod priority;
 pub mod root_directory;
 pub mod select;
 pub mod status;

@@ -1,11 +1,13 @@
 //! A session: the story of `leakbpf record`.
 //!
 //! [`watch`] knows the processes, [`placement`] their probes, [`life`] and [`space`] what code is
-//! behind a stack's addresses, [`unwinding`] what the kernel side walks stacks with, [`snapshot`] turns the books into a profile.
+//! behind a stack's addresses, [`unwinding`] what the kernel side walks stacks with, [`inbox`] reads
+//! its records, [`snapshot`] turns the books into a profile.
 
 pub mod config;
 pub mod floor;
 mod fold;
+mod inbox;
 mod jit;
 pub mod life;
 mod limits;
@@ -24,14 +26,14 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use aya::maps::{MapData, RingBuf};
 use leakbpf_common::abi::StackWalk;
 use nix::sys::signal::Signal;
-use tokio::{io::unix::AsyncFd, signal::unix::SignalKind, sync::mpsc};
+use tokio::{signal::unix::SignalKind, sync::mpsc};
 
 use self::{
     config::{Config, Output, StackMethod, Target},
     fold::Groups,
+    inbox::Inbox,
     placement::Plans,
     snapshot::{Sites, loss_names},
     terminal::Progress,
@@ -42,7 +44,6 @@ use crate::{
     probe::{
         kernel::{Kernel, KernelError, MappingEvents, ReturnInstances, Settings},
         planner,
-        records::Record,
     },
     process::{
         Pid, ProcessError, host,
@@ -140,6 +141,8 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
         }
     }
 
+    let inbox =
+        Inbox::start(records, Arc::clone(&watch.unwinding)).map_err(SessionError::Events)?;
     let mut program = None;
     match &config.target {
         Target::Running(_) => {
@@ -186,9 +189,7 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
     let mut session = Session {
         config,
         watch,
-        // SAFETY: the ring buffer owns its descriptor and keeps it open and the same.
-        records: unsafe { AsyncFd::register(records) }
-            .map_err(|error| SessionError::Events(error.into()))?,
+        inbox,
         sites: Sites::default(),
         groups: Groups::default(),
         next_fold: Instant::now(),
@@ -338,7 +339,7 @@ pub(crate) fn jit_symbols(map: Option<&PerfMap>, avma: u64) -> Arc<[Symbol]> {
 struct Session<'a> {
     config: &'a Config,
     watch: Watch,
-    records: AsyncFd<RingBuf<MapData>>,
+    inbox: Inbox,
     sites: Sites,
     groups: Groups,
     next_fold: Instant,
@@ -407,10 +408,7 @@ impl Session<'_> {
                 }
                 // Last: whoever fills the ring buffer faster than it is read must not keep the
                 // session from ending.
-                ready = self.records.readable() => {
-                    ready.map_err(SessionError::Events)?.clear_ready();
-                    self.drain();
-                }
+                () = self.inbox.arrived() => self.drain(),
             }
         }
         progress.clear();
@@ -428,13 +426,13 @@ impl Session<'_> {
 
     /// Takes in what is in the ring buffer, and of what comes meanwhile no more than fits it once.
     fn drain(&mut self) {
-        /// Bytes of the ring buffer by those of the smallest record.
-        const MOST: usize = (4 << 20) / 32;
-        for _ in 0..MOST {
-            let Some(item) = self.records.get_mut().next() else { break };
-            let record = Record::parse(&item);
-            drop(item);
-            if let Some(record) = record {
+        // What was taken out of it, what was in it, and what came meanwhile.
+        for _ in 0..3 {
+            let records = self.inbox.take();
+            if records.is_empty() {
+                break;
+            }
+            for record in records {
                 self.watch.take(record);
             }
         }
@@ -544,8 +542,9 @@ impl Session<'_> {
         add("stacks_lost", census.stacks_missing);
         add("mappings_unmatched", watch.mapping_losses);
         add("children_seen_late", watch.children_seen_late);
-        add("spaces_full", watch.unwinding.spaces_full);
-        add("unwind_tables_full", watch.unwinding.tables_full + watch.kernel.unwind.failed());
+        let unwinding = watch.unwinding.losses();
+        add("spaces_full", unwinding.spaces_full);
+        add("unwind_tables_full", unwinding.tables_full);
         Ok(Profile {
             mode: Mode::Exact,
             started_unix_ns: self.started_unix_ns,

@@ -63,7 +63,7 @@ pub struct Watch {
     /// Children that had used an allocator before their own probes were in place.
     pub children_seen_late: u64,
     pub mapping_losses: u64,
-    pub unwinding: Unwinding,
+    pub unwinding: Arc<Unwinding>,
     /// Lives whose mappings were read again: see [`Watch::take_in_mappings`].
     changed: HashSet<Owner>,
     plans: Plans,
@@ -89,6 +89,7 @@ impl Watch {
         mappings: bool,
         exits: tokio::sync::mpsc::UnboundedSender<(Pid, Owner)>,
     ) -> Self {
+        let unwinding = Unwinding::new(Arc::clone(&kernel.unwind), Arc::clone(&kernel.processes));
         Self {
             kernel,
             lives: Vec::new(),
@@ -97,7 +98,7 @@ impl Watch {
             events: Vec::new(),
             children_seen_late: 0,
             mapping_losses: 0,
-            unwinding: Unwinding::default(),
+            unwinding: Arc::new(unwinding),
             changed: HashSet::new(),
             plans,
             placed: HashMap::new(),
@@ -129,7 +130,7 @@ impl Watch {
         let maps = Maps::of(pid)?;
         let owner = Owner::new(pid.0, generation());
         let flags = if self.mappings { process_flags::MAPPINGS } else { 0 };
-        self.unwinding.refresh(&self.kernel.unwind, owner, pid, &maps);
+        self.unwinding.begin(owner, pid, &maps);
         self.kernel
             .processes
             .set(&pid.0, ProcessState { owner, flags, ..ProcessState::default() })
@@ -295,9 +296,6 @@ impl Watch {
             Identity::of(pid).unwrap_or_else(|_| gone(pid, parent.map(|id| &self.lives[id.0])));
         let initial_break = parent.and_then(|id| self.lives[id.0].mappings.program_break());
         self.add_life(fork.child, identity, maps.clone(), initial_break);
-        // The kernel side has given it its parent's list already; what counts here is the order
-        // in which the agent takes and drops tables, and that waits for the probes.
-        self.changed.insert(fork.child);
         if self.system_wide {
             return;
         }
@@ -340,10 +338,8 @@ impl Watch {
         {
             former = Some(id);
             self.lives[id.0].process.end.get_or_insert_with(|| ENDED_BY_EXEC.to_owned());
-            self.unwinding.forget(&self.kernel.unwind, exec.old);
         }
         let maps = maps_of(&self.kernel, exec.head.owner);
-        self.unwinding.refresh(&self.kernel.unwind, exec.head.owner, pid, &maps);
         let former = former.map(|id| &self.lives[id.0]);
         let identity = Identity::of(pid).unwrap_or_else(|_| gone(pid, former));
         self.add_life(exec.head.owner, identity, maps.clone(), None);
@@ -368,7 +364,7 @@ impl Watch {
         }
         self.end_former_life(pid, owner, "exited");
         let maps = maps_of(&self.kernel, owner);
-        self.unwinding.refresh(&self.kernel.unwind, owner, pid, &maps);
+        self.unwinding.refresh(owner);
         let identity = Identity::of(pid).unwrap_or_else(|_| gone(pid, None));
         let id = self.add_life(owner, identity, maps.clone(), None);
         let _ = self.place(pid, &maps);
@@ -377,20 +373,16 @@ impl Watch {
 
     /// Does what changed mappings ask for, once for all records of it: libraries that come and go
     /// fast must be seen while they are there, and that is all that their records do at first.
-    /// Unwind tables come before allocators: the next stack may lead through the new code.
     pub fn take_in_mappings(&mut self) {
         let changed: Vec<_> = std::mem::take(&mut self.changed)
             .into_iter()
             .filter_map(|owner| {
                 let id = self.life_of(owner).filter(|id| !self.lives[id.0].ended())?;
                 let life = &self.lives[id.0];
-                Some((owner, life.pid(), life.space.maps()?.clone()))
+                Some((life.pid(), life.space.maps()?.clone()))
             })
             .collect();
-        for (owner, pid, maps) in &changed {
-            self.unwinding.refresh(&self.kernel.unwind, *owner, *pid, maps);
-        }
-        for (_, pid, maps) in changed {
+        for (pid, maps) in changed {
             if let Ok(attached) = self.place(pid, &maps)
                 && attached.functions > 0
             {
@@ -424,7 +416,6 @@ impl Watch {
         let replaced = life.process.end.is_some();
         life.process.end.get_or_insert_with(|| how.to_owned());
         if !replaced {
-            self.unwinding.forget(&self.kernel.unwind, owner);
             if let Some(placed) = self.placed.remove(&pid.0) {
                 self.detacher.detach(placed.into_links());
             }
@@ -433,6 +424,7 @@ impl Watch {
             {
                 let _ = self.kernel.processes.delete(&pid.0);
             }
+            self.unwinding.forget(owner);
         }
     }
 
