@@ -37,6 +37,7 @@ pub fn run() -> Result<u8, Failure> {
         follow_forks: true,
         max_blocks: 1 << 18,
         stack: StackMethod::Auto,
+        max_table_bytes: 192 << 20,
         cache: true,
         quiet: true,
     };

@@ -119,7 +119,8 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
     let (exits, mut exited) = mpsc::unbounded_channel();
     let system_wide = matches!(config.target, Target::Running(Selector::All));
     let plans = Plans::new(planner);
-    let mut watch = Watch::new(kernel, plans, system_wide, mapping_events.is_ok(), exits);
+    let mappings = mapping_events.is_ok();
+    let mut watch = Watch::new(kernel, plans, system_wide, mappings, exits, config.max_table_bytes);
     if config.cache {
         watch.modules.use_cache();
     }

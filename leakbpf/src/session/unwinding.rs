@@ -35,9 +35,6 @@ use crate::{
     unwind::{Packed, Table},
 };
 
-/// Kernel memory for all tables together. 400 libraries of a desktop take some 40 MB.
-const TABLE_BYTES_MAX: usize = 192 << 20;
-
 /// Code made at run time comes and goes within such a reach of itself (V8's code range); it is
 /// listed as one mapping.
 const RUN_TIME_CODE_REACH_BYTES: u64 = 512 << 20;
@@ -54,7 +51,7 @@ enum Origin {
 #[derive(Debug)]
 struct Loaded {
     serial: u32,
-    bytes: usize,
+    bytes: u64,
     svma: Range<u64>,
     /// Executable ones.
     segments: Vec<Segment>,
@@ -127,8 +124,14 @@ pub struct Unwinding {
 }
 
 impl Unwinding {
-    pub fn new(kernel: Arc<UnwindMaps>, processes: Arc<KernelTable<u32, ProcessState>>) -> Self {
-        Self { kernel, processes, known: Mutex::default() }
+    /// `max_bytes` of kernel memory for all tables together.
+    pub fn new(
+        kernel: Arc<UnwindMaps>,
+        processes: Arc<KernelTable<u32, ProcessState>>,
+        max_bytes: u64,
+    ) -> Self {
+        let known = Known { max_bytes, ..Known::default() };
+        Self { kernel, processes, known: Mutex::new(known) }
     }
 
     /// Takes in a process that the kernel side does not watch yet.
@@ -209,7 +212,8 @@ struct Known {
     tables: HashMap<Origin, Shared>,
     told: HashMap<Owner, Told>,
     serials: Serials,
-    bytes: usize,
+    bytes: u64,
+    max_bytes: u64,
     /// Copied, not loaded yet.
     unloaded: Vec<UnloadedTable>,
     losses: Losses,
@@ -362,8 +366,8 @@ impl Known {
         packed: &Packed,
         segments: Vec<Segment>,
     ) -> Option<Loaded> {
-        let bytes = packed.size_bytes();
-        if self.bytes + bytes > TABLE_BYTES_MAX {
+        let bytes = packed.size_bytes() as u64;
+        if self.bytes + bytes > self.max_bytes {
             return None;
         }
         let serial = self.serials.take()?;

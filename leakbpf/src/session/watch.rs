@@ -88,8 +88,10 @@ impl Watch {
         system_wide: bool,
         mappings: bool,
         exits: tokio::sync::mpsc::UnboundedSender<(Pid, Owner)>,
+        max_table_bytes: u64,
     ) -> Self {
-        let unwinding = Unwinding::new(Arc::clone(&kernel.unwind), Arc::clone(&kernel.processes));
+        let (maps, processes) = (Arc::clone(&kernel.unwind), Arc::clone(&kernel.processes));
+        let unwinding = Unwinding::new(maps, processes, max_table_bytes);
         Self {
             kernel,
             lives: Vec::new(),
