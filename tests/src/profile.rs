@@ -15,6 +15,12 @@ pub struct Profile {
     pub sites: Vec<Site>,
     #[serde(default)]
     pub blocks: Vec<Block>,
+    pub events: Vec<ReportedEvent>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct ReportedEvent {
+    pub text: String,
 }
 
 #[derive(Debug, Clone, Deserialize)]

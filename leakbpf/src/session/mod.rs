@@ -22,7 +22,10 @@ pub mod watch;
 use std::{
     io::{self, Write},
     ops::ControlFlow,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -199,6 +202,9 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
         kernel_release: host.kernel_release.clone(),
     };
     let status = session.wait(&mut signals, &mut exited, program.as_mut(), &mut output).await?;
+    // What ended the session is not meant for the report.
+    let interrupted = signals.raise_flag().map_err(SessionError::Events)?;
+    session.watch.modules.end_fetching_with(&interrupted);
     session.finish(output)?;
     Ok(status)
 }
@@ -517,9 +523,13 @@ impl Session<'_> {
         self.sites.name(&mut census.sites, &watch.lives, &mut watch.modules);
         if finished {
             // Only now, since events would be lost while servers are waited for.
-            if watch.modules.lack_debug_files() {
+            if let Some(patience) = watch.modules.lack_debug_files() {
                 if Progress::new().shown() {
-                    eprintln!("leakbpf: asking debuginfod for debug files (30 s at most) …");
+                    eprintln!(
+                        "leakbpf: asking debuginfod for debug files ({} s at most, Ctrl-C goes on \
+                         without) …",
+                        patience.as_secs()
+                    );
                 }
                 let renamed = watch.modules.fetch_debug_files();
                 self.sites.rename(&mut census.sites, &renamed, &mut watch.modules);
@@ -636,6 +646,22 @@ impl Signals {
             .map(|(signal, kind)| Ok((signal, tokio::signal::unix::signal(kind)?)))
             .collect::<io::Result<_>>()?;
         Ok(Self { streams })
+    }
+
+    /// A flag that the next signal sets, also while nobody waits for one.
+    fn raise_flag(&self) -> io::Result<Arc<AtomicBool>> {
+        let flag = Arc::new(AtomicBool::new(false));
+        let ends = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
+        for signal in ends {
+            let flag = Arc::clone(&flag);
+            // SAFETY: storing an atomic is all that the handler does, which is async-signal-safe.
+            unsafe {
+                signal_hook_registry::register(signal as i32, move || {
+                    flag.store(true, Ordering::Relaxed);
+                })
+            }?;
+        }
+        Ok(flag)
     }
 
     async fn next(&mut self) -> Signal {
