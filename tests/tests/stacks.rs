@@ -133,8 +133,8 @@ impl Drop for BusyMachine {
 const LIBRARIES: usize = 100;
 
 /// Loads libraries of 110 KiB, one after the other, and allocates through each of them so long
-/// after `dlopen` has returned. Returns how many of the stacks are as they must be.
-fn whole_stacks_after(wait_us: u32) -> usize {
+/// after `dlopen` has returned. Returns how the walks ended; complete stacks are as they must be.
+fn outcomes_after(wait_us: u32) -> BTreeMap<String, usize> {
     const FIRST_SIZE: u64 = 5000;
     let library = c_library_without_frame_pointers("fresh");
     let directory = tempfile::tempdir().expect("a temporary directory");
@@ -156,7 +156,11 @@ fn whole_stacks_after(wait_us: u32) -> usize {
         *outcomes.entry(site.stack_outcome.clone()).or_insert(0) += 1;
     }
     println!("{wait_us} us after dlopen: {outcomes:?}");
-    outcomes.get("complete").copied().unwrap_or(0)
+    outcomes
+}
+
+fn whole_stacks_after(wait_us: u32) -> usize {
+    outcomes_after(wait_us).get("complete").copied().unwrap_or(0)
 }
 
 /// All of a hundred; a machine that is busy with something else may spoil the first two rounds, not
@@ -180,6 +184,14 @@ fn on_a_busy_machine_nearly_every_stack_has_a_library_that_was_loaded_10_ms_ago(
     let _busy = BusyMachine::start();
     let whole = whole_stacks_after(10_000);
     assert!(whole >= LIBRARIES * 9 / 10, "{whole} of {LIBRARIES}");
+}
+
+/// A process's list of mappings comes after the tables that it names: so soon after `dlopen`, the
+/// code is known with its rows or not at all.
+#[test]
+fn no_stack_meets_a_table_that_is_not_there_yet() {
+    let early = [1_000, 2_000].map(outcomes_after);
+    assert!(early.iter().all(|outcomes| !outcomes.contains_key("no_row")), "{early:?}");
 }
 
 #[test]
