@@ -102,6 +102,9 @@ pub struct RecordArgs {
     /// How to walk stacks
     #[arg(long, value_enum, default_value_t = StackArg::Auto)]
     pub stack: StackArg,
+    /// Most kernel memory for unwind tables; files beyond it are walked by frame pointers
+    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "192MiB")]
+    pub max_tables: u64,
     /// Look all names up anew: neither use nor keep those in ~/.cache/leakbpf
     #[arg(long)]
     pub no_cache: bool,

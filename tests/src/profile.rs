@@ -23,7 +23,8 @@ pub struct Profile {
 #[derive(Debug, Clone, Deserialize)]
 pub struct Estimate {
     pub unit: String,
-    pub one_in: u64,
+    pub one_in: Option<u64>,
+    pub sample_interval_bytes: Option<u64>,
     pub confidence_percent: u64,
 }
 

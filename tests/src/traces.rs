@@ -1,13 +1,16 @@
 //! What an agent leaves behind: changed code in the target, programs and maps in the kernel.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 /// `bpf(2)` commands, from `include/uapi/linux/bpf.h`.
+const BPF_MAP_GET_NEXT_ID: i32 = 12;
 const BPF_PROG_GET_FD_BY_ID: i32 = 13;
 const BPF_MAP_GET_FD_BY_ID: i32 = 14;
+const BPF_OBJ_GET_INFO_BY_FD: i32 = 15;
 const BPF_LINK_GET_FD_BY_ID: i32 = 30;
 
 /// Compares all executable mappings of a process with the files that they map. One line for each
@@ -115,19 +118,63 @@ impl BpfIds {
     }
 }
 
+/// The unwind tables that are in the kernel, by id, each with the memory that it takes.
+pub fn unwind_tables() -> BTreeMap<u32, u64> {
+    let mut tables = BTreeMap::new();
+    let mut id = 0;
+    while let Some(next) = next_map(id) {
+        id = next;
+        // Gone since.
+        let Some(map) = open(BPF_MAP_GET_FD_BY_ID, id) else { continue };
+        if name(&map).starts_with(b"unwind_table\0") {
+            let path = format!("/proc/self/fdinfo/{}", map.as_raw_fd());
+            let text = fs::read_to_string(path).expect("an open descriptor");
+            let memory = text.lines().find_map(|line| line.strip_prefix("memlock:"));
+            let bytes = memory.expect("a map's memory").trim().parse().expect("a number");
+            tables.insert(id, bytes);
+        }
+    }
+    tables
+}
+
+fn next_map(id: u32) -> Option<u32> {
+    // `struct { __u32 start_id; __u32 next_id; __u32 open_flags; }` of union bpf_attr.
+    let mut attributes = [id, 0, 0];
+    bpf(BPF_MAP_GET_NEXT_ID, &mut attributes).map(|_| attributes[1])
+}
+
+fn name(map: &OwnedFd) -> [u8; 16] {
+    // `struct bpf_map_info`: six numbers, then the name.
+    let mut about = [0u8; 40];
+    // `struct { __u32 bpf_fd; __u32 info_len; __u64 info; }` of union bpf_attr.
+    let address = about.as_mut_ptr() as u64;
+    let mut attributes =
+        [map.as_raw_fd() as u32, about.len() as u32, address as u32, (address >> 32) as u32];
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attributes).expect("an open map can be asked");
+    about[24..].try_into().expect("16 bytes")
+}
+
 fn exists(command: i32, id: u32) -> bool {
+    open(command, id).is_some()
+}
+
+fn open(command: i32, id: u32) -> Option<OwnedFd> {
     // `struct { __u32 id; __u32 next_id; __u32 open_flags; }` of union bpf_attr.
-    let attributes = [id, 0, 0];
-    // SAFETY: the attributes are valid for their stated size during the call.
+    let descriptor = bpf(command, &mut [id, 0, 0])?;
+    // SAFETY: the call returned a descriptor that nobody else owns.
+    Some(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+/// `None` when there is no such object.
+fn bpf(command: i32, attributes: &mut [u32]) -> Option<i32> {
+    // SAFETY: the attributes, and what they point to, are valid during the call.
     let result = unsafe {
-        libc::syscall(libc::SYS_bpf, command, attributes.as_ptr(), size_of_val(&attributes))
+        libc::syscall(libc::SYS_bpf, command, attributes.as_mut_ptr(), size_of_val(attributes))
     };
     if result < 0 {
         let error = std::io::Error::last_os_error();
         assert_eq!(error.raw_os_error(), Some(libc::ENOENT), "bpf(2): {error}");
-        return false;
+        return None;
     }
-    // SAFETY: the call returned a descriptor that nobody else owns.
-    drop(unsafe { OwnedFd::from_raw_fd(result as i32) });
-    true
+    Some(result as i32)
 }

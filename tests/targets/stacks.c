@@ -101,17 +101,24 @@ FUNCTION void recurse(int count, char **arguments) {
     KEEP_FRAME();
 }
 
-/* `plugin PATH SIZE`: through a library that has been here for ten milliseconds. */
-FUNCTION void plugin(int count, char **arguments) {
-    require(count == 3);
-    void *library = dlopen(arguments[1], RTLD_NOW | RTLD_LOCAL);
-    require(library != NULL);
-    void (*call)(void (*)(void)) = (void (*)(void (*)(void)))dlsym(library, "plugin_call");
-    require(call != NULL);
-    bytes = (size_t)atoi(arguments[2]);
-    struct timespec ten_milliseconds = {.tv_nsec = 10000000};
-    nanosleep(&ten_milliseconds, NULL);
-    call(innermost);
+/* `fresh DIRECTORY COUNT WAIT_US SIZE`: through each of the libraries 0.so, 1.so…, so long after
+   it has been loaded; the block from the first one has SIZE bytes, the next one more. */
+FUNCTION void fresh(int count, char **arguments) {
+    require(count == 5);
+    int libraries = atoi(arguments[2]);
+    long wait_us = atol(arguments[3]);
+    bytes = (size_t)atoi(arguments[4]);
+    for (int i = 0; i < libraries; i++, bytes++) {
+        char path[4096];
+        snprintf(path, sizeof path, "%s/%d.so", arguments[1], i);
+        void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+        require(library != NULL);
+        void (*call)(void (*)(void)) = (void (*)(void (*)(void)))dlsym(library, "fresh_call");
+        require(call != NULL);
+        struct timespec wait = {.tv_nsec = wait_us * 1000};
+        nanosleep(&wait, NULL);
+        call(innermost);
+    }
     KEEP_FRAME();
 }
 
@@ -137,8 +144,8 @@ FUNCTION void become(int count, char **arguments) {
 
 int main(void) {
     static const struct scenario scenarios[] = {
-        {"chain", chain},     {"sort", sort},     {"signal", handle},         {"recurse", recurse},
-        {"plugin", plugin},   {"exec", become},   {"thread", in_new_thread},  {NULL, NULL}};
+        {"chain", chain}, {"sort", sort},            {"signal", handle}, {"recurse", recurse},
+        {"exec", become}, {"thread", in_new_thread}, {"fresh", fresh},   {NULL, NULL}};
     int status = converse(scenarios);
     KEEP_FRAME();
     return status;

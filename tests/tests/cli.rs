@@ -32,6 +32,7 @@ fn bad_numbers_times_and_sizes_are_named() {
         ["--min-size", "1x"],
         ["--mode", "magic"],
         ["--max-blocks", "0"],
+        ["--max-tables", "much"],
     ] {
         let [flag, value] = arguments;
         let mut command = leakbpf_command();

@@ -63,7 +63,7 @@ fn memcached_under_load() {
     let (mut command, port) = memcached();
     let service = Service::start(&mut command, port);
     let session = Leakbpf::record().pid(service.pid()).start();
-    for round in 0..30 {
+    for round in 0..60 {
         let mut streams: Vec<TcpStream> = (0..20).map(|_| service.connect()).collect();
         for (index, stream) in streams.iter_mut().enumerate() {
             let value = "m".repeat(40 * index);

@@ -1,9 +1,11 @@
 //! Names that come from elsewhere than the files of the program: an earlier session, a server.
 
+use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use leakbpf_tests::{Allocator, Leakbpf, Profile, c_program, require_program};
 
@@ -75,17 +77,52 @@ fn a_stripped_program_is_named_by_what_debuginfod_serves() {
     run(Command::new(require_program("strip", "binutils")).arg(&program));
 
     let id = build_id(&program);
-    let stub = directory.path().join("debuginfod-find");
-    let script =
-        format!("#!/bin/sh\ncase $2 in {id}) echo {};; *) exit 1;; esac\n", debug_file.display());
-    fs::write(&stub, script).expect("script");
-    fs::set_permissions(&stub, fs::Permissions::from_mode(0o755)).expect("mode");
-    let mut path = directory.path().as_os_str().to_owned();
-    path.push(":/usr/bin:/bin");
+    let script = format!("case $2 in {id}) echo {};; *) exit 1;; esac", debug_file.display());
+    let path = with_debuginfod(directory.path(), &script);
     let with_path = || Leakbpf::record().environment("PATH", path.clone());
     assert_eq!(in_main(&record(with_path(), &program)), 0);
-    let served = with_path().environment("DEBUGINFOD_URLS", "http://127.0.0.1:1/");
-    assert!(in_main(&record(served, &program)) > 0);
+    assert!(in_main(&record(served(with_path()), &program)) > 0);
+}
+
+#[test]
+fn ctrl_c_ends_the_wait_for_debuginfod_and_the_report_comes_without_those_names() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let program = copy_of_leak(directory.path());
+    run(Command::new(require_program("strip", "binutils")).arg(&program));
+    let asked = directory.path().join("asked");
+    let script = format!("echo > {}; exec sleep 1000", asked.display());
+    let path = with_debuginfod(directory.path(), &script);
+    let agent = served(Leakbpf::record().environment("PATH", path));
+    let mut session = agent.command([program.to_str().expect("UTF-8"), "0"]).spawn();
+    // The program has ended by itself, and so has the recording.
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while !asked.exists() {
+        assert!(Instant::now() < deadline, "debuginfod is never asked: {}", session.stderr());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    session.signal(libc::SIGINT);
+    // It would be waited for longer than the test waits for the agent.
+    let profile = session.report();
+    assert!(profile.sites.iter().any(|site| site.counters.live_bytes > 0), "a whole report");
+    let said = profile.events.iter().any(|event| event.text.contains("ended the wait"));
+    assert!(said, "{:?}", profile.events);
+}
+
+/// Makes a `debuginfod-find` of a shell script; returns the `PATH` that leads to it.
+fn with_debuginfod(directory: &Path, script: &str) -> OsString {
+    let stub = directory.join("debuginfod-find");
+    fs::write(&stub, format!("#!/bin/sh\n{script}\n")).expect("script");
+    fs::set_permissions(&stub, fs::Permissions::from_mode(0o755)).expect("mode");
+    let mut path = directory.as_os_str().to_owned();
+    path.push(":/usr/bin:/bin");
+    path
+}
+
+/// With a server, which has all the time that a slow machine may need.
+fn served(agent: Leakbpf) -> Leakbpf {
+    agent
+        .environment("DEBUGINFOD_URLS", "http://127.0.0.1:1/")
+        .environment("DEBUGINFOD_MAXTIME", "600")
 }
 
 fn build_id(program: &Path) -> String {

@@ -59,7 +59,7 @@ fn assert_within_a_tenth(what: &str, estimate: u64, truth: u64, profile: &Profil
 fn assert_is_an_estimate(profile: &Profile, one_in: u64) {
     assert_eq!(profile.mode, "pages");
     let estimate = profile.estimate.as_ref().expect("it says that it is one");
-    assert_eq!((estimate.unit.as_str(), estimate.one_in), ("resident", one_in));
+    assert_eq!((estimate.unit.as_str(), estimate.one_in), ("resident", Some(one_in)));
     assert_eq!(estimate.confidence_percent, 95);
     for counters in profile.sites.iter().map(|site| &site.counters).chain([&profile.totals]) {
         let [low, high] = counters.live_bytes_interval.expect("an interval");

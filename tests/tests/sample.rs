@@ -18,6 +18,8 @@ fn sampled(program: &str, interval: &str, commands: &[&str]) -> (Profile, u64, u
     let books = target.books().since(attached_ns);
     let profile = session.stop();
     assert_eq!(profile.mode, "sample");
+    let estimate = profile.estimate.as_ref().expect("an estimate");
+    assert_eq!((estimate.unit.as_str(), estimate.one_in), ("estimated", None));
     profile.assert_no_losses();
     let bytes = books.blocks.values().map(|block| block.size_bytes).sum();
     (profile, bytes, books.blocks.len() as u64)

@@ -1,6 +1,6 @@
 //! The kernel side, loaded: programs, maps and links.
 
-use std::{io, num::NonZeroU32, os::fd::AsFd as _, path::Path};
+use std::{io, num::NonZeroU32, os::fd::AsFd as _, path::Path, sync::Arc};
 
 use aya::{
     Btf, Ebpf, EbpfLoader, VerifierLogLevel, include_bytes_aligned,
@@ -194,8 +194,8 @@ pub struct Kernel {
     pub blocks: Table<BlockKey, Block>,
     pub sites: Table<SiteKey, SiteCounters>,
     pub threads: Table<u64, ThreadState>,
-    pub processes: Table<u32, ProcessState>,
-    pub unwind: UnwindMaps,
+    pub processes: Arc<Table<u32, ProcessState>>,
+    pub unwind: Arc<UnwindMaps>,
     control: Table<u32, Control>,
     counts: PerCpuArray<MapData, u64>,
     tracepoints: Vec<Link>,
@@ -262,12 +262,13 @@ impl Kernel {
         let blocks = table(&mut ebpf, "BLOCKS")?;
         let sites = table(&mut ebpf, "SITES")?;
         let threads = table(&mut ebpf, "THREADS")?;
-        let processes = table(&mut ebpf, "PROCESSES")?;
+        let processes = Arc::new(table(&mut ebpf, "PROCESSES")?);
         let control = table(&mut ebpf, "CONTROL")?;
         let tables = map_data(take_map(&mut ebpf, "TABLES")?, "TABLES")?;
         let spaces = map_data(take_map(&mut ebpf, "SPACES")?, "SPACES")?;
         let unwind = UnwindMaps::new(tables, spaces)
             .map_err(|source| KernelError::Map { map: "TABLES", source })?;
+        let unwind = Arc::new(unwind);
         let mut kernel = Self {
             ebpf,
             blocks,

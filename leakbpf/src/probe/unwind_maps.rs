@@ -6,9 +6,10 @@ use std::{
     os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicIsize, AtomicU64, AtomicUsize, Ordering},
+        mpsc::{Receiver, Sender, channel},
     },
-    thread::JoinHandle,
+    time::Duration,
 };
 
 use aya::maps::MapData;
@@ -18,6 +19,7 @@ use leakbpf_common::{
 };
 
 use super::tables::{BatchArgs, Table, bpf};
+use crate::process::priority;
 
 const BPF_MAP_CREATE: libc::c_long = 0;
 const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
@@ -52,7 +54,7 @@ pub struct UnwindMaps {
     /// Values are file descriptors of arrays; the kernel keeps the arrays.
     tables: Arc<Table<u32, u32>>,
     spaces: Table<Owner, AddressSpace>,
-    loading: Mutex<Vec<JoinHandle<()>>>,
+    loaders: Loaders,
     failed: Arc<AtomicU64>,
 }
 
@@ -62,7 +64,7 @@ impl UnwindMaps {
         Ok(Self {
             tables: Arc::new(Table::new(tables)?),
             spaces: Table::new(spaces)?,
-            loading: Mutex::default(),
+            loaders: Loaders::new(),
             failed: Arc::default(),
         })
     }
@@ -84,16 +86,19 @@ impl UnwindMaps {
         Ok(UnloadedTable { serial, array })
     }
 
-    /// Makes tables known under their serial numbers, in the background: they are known at once,
-    /// but then the kernel waits for a grace period, tens of milliseconds
-    /// (`maybe_wait_bpf_programs` in kernel/bpf/syscall.c).
+    /// Makes tables known under their serial numbers; returns when walks can reach them. They can at
+    /// once, but then the kernel waits for a grace period, tens of milliseconds
+    /// (`maybe_wait_bpf_programs` in kernel/bpf/syscall.c), and that is left to a thread.
     pub fn load(&self, tables: Vec<UnloadedTable>) {
-        if tables.is_empty() {
-            return;
-        }
+        /// A tenth of what compiling a small table takes.
+        const LOOK_AGAIN: Duration = Duration::from_micros(20);
+        // The kernel takes them in this order.
+        let Some(last) = tables.last().map(|table| position(table.serial)) else { return };
         let outer = Arc::clone(&self.tables);
         let failed = Arc::clone(&self.failed);
-        let thread = std::thread::spawn(move || {
+        let refused = Arc::new(AtomicBool::new(false));
+        let refusal = Arc::clone(&refused);
+        self.loaders.run(Box::new(move || {
             let keys: Vec<u32> = tables.iter().map(|table| position(table.serial)).collect();
             let values: Vec<u32> =
                 tables.iter().map(|table| table.array.as_raw_fd() as u32).collect();
@@ -106,40 +111,25 @@ impl UnwindMaps {
             };
             if bpf(BPF_MAP_UPDATE_BATCH, &mut args).is_err() {
                 failed.fetch_add(tables.len() as u64, Ordering::Relaxed);
+                refusal.store(true, Ordering::Relaxed);
             }
-        });
-        let mut loading = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
-        loading.retain(|thread| !thread.is_finished());
-        loading.push(thread);
-    }
-
-    /// Waits until all that is being loaded is known, and the kernel's grace period has passed.
-    pub fn wait_until_loaded(&self) {
-        let loading =
-            std::mem::take(&mut *self.loading.lock().unwrap_or_else(PoisonError::into_inner));
-        for thread in loading {
-            // What it could not do is counted.
-            let _ = thread.join();
+        }));
+        while !refused.load(Ordering::Relaxed) && !matches!(self.tables.get(&last), Ok(Some(_))) {
+            std::thread::sleep(LOOK_AGAIN);
         }
     }
 
-    /// Drops tables in the background, after all that is still being loaded. No list of mappings
-    /// may name them any more. Calls `dropped` with the serial numbers of those that are gone.
+    /// Drops tables in the background. No list of mappings may name them any more. Calls `dropped`
+    /// with the serial numbers of those that are gone.
     pub fn unload(&self, serials: Vec<u32>, dropped: impl Fn(u32) + Send + 'static) {
         let tables = Arc::clone(&self.tables);
-        let loading =
-            std::mem::take(&mut *self.loading.lock().unwrap_or_else(PoisonError::into_inner));
-        std::thread::spawn(move || {
-            for thread in loading {
-                // It has nothing to say.
-                let _ = thread.join();
-            }
+        self.loaders.run(Box::new(move || {
             for serial in serials {
                 if tables.delete(&position(serial)).is_ok() {
                     dropped(serial);
                 }
             }
-        });
+        }));
     }
 
     /// Tables that the kernel refused.
@@ -154,6 +144,62 @@ impl UnwindMaps {
 
     pub fn remove_space(&self, owner: Owner) -> io::Result<()> {
         self.spaces.delete(&owner).map(drop)
+    }
+}
+
+/// Threads for what the kernel takes its time for. They are there before they are needed: a new
+/// thread may have to wait for its first turn longer than one that is woken.
+struct Loaders {
+    jobs: Sender<Job>,
+    waiting: Arc<Mutex<Receiver<Job>>>,
+    /// Threads without a job, less jobs without a thread.
+    idle: Arc<AtomicIsize>,
+    threads: AtomicUsize,
+}
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// A grace period takes as long as some tens of small tables do.
+const LOADERS_AT_FIRST: usize = 2;
+const LOADERS_MAX: usize = 64;
+
+impl Loaders {
+    fn new() -> Self {
+        let (jobs, waiting) = channel();
+        let waiting = Arc::new(Mutex::new(waiting));
+        let loaders = Self { jobs, waiting, idle: Arc::default(), threads: AtomicUsize::new(0) };
+        for _ in 0..LOADERS_AT_FIRST {
+            loaders.add();
+        }
+        loaders
+    }
+
+    fn add(&self) {
+        if self.threads.fetch_add(1, Ordering::Relaxed) >= LOADERS_MAX {
+            self.threads.fetch_sub(1, Ordering::Relaxed);
+            return;
+        }
+        let waiting = Arc::clone(&self.waiting);
+        let idle = Arc::clone(&self.idle);
+        idle.fetch_add(1, Ordering::Relaxed);
+        std::thread::spawn(move || {
+            priority::raise();
+            loop {
+                // The lock is held by the one that waits, and given back with the job.
+                let job = waiting.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                let Ok(job) = job else { return };
+                job();
+                idle.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+    }
+
+    fn run(&self, job: Job) {
+        if self.idle.fetch_sub(1, Ordering::Relaxed) <= 0 {
+            self.add();
+        }
+        // They receive until this is dropped.
+        let _ = self.jobs.send(job);
     }
 }
 

@@ -14,6 +14,7 @@ pub mod mapped_file;
 pub mod maps;
 pub mod memory;
 pub mod pagemap;
+pub mod priority;
 pub mod root_directory;
 pub mod select;
 pub mod status;

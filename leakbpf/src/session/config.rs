@@ -53,6 +53,8 @@ pub struct Config {
     /// Of the mode that looks at pages: most of them to keep.
     pub max_blocks: u32,
     pub stack: StackMethod,
+    /// Kernel memory for all unwind tables together. 400 libraries of a desktop take some 40 MB.
+    pub max_table_bytes: u64,
     /// Keep names for later sessions, and use those that earlier ones kept.
     pub cache: bool,
     pub quiet: bool,

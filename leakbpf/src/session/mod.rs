@@ -1,11 +1,13 @@
 //! A session: the story of `leakbpf record`.
 //!
 //! [`watch`] knows the processes, [`placement`] their probes, [`life`] and [`space`] what code is
-//! behind a stack's addresses, [`unwinding`] what the kernel side walks stacks with, [`snapshot`] turns the books into a profile.
+//! behind a stack's addresses, [`unwinding`] what the kernel side walks stacks with, [`inbox`] reads
+//! its records, [`snapshot`] turns the books into a profile.
 
 pub mod config;
 pub mod floor;
 mod fold;
+mod inbox;
 mod jit;
 pub mod life;
 mod limits;
@@ -20,29 +22,31 @@ pub mod watch;
 use std::{
     io::{self, Write},
     ops::ControlFlow,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use aya::maps::{MapData, RingBuf};
 use leakbpf_common::abi::StackWalk;
 use nix::sys::signal::Signal;
-use tokio::{io::unix::AsyncFd, signal::unix::SignalKind, sync::mpsc};
+use tokio::{signal::unix::SignalKind, sync::mpsc};
 
 use self::{
     config::{Config, Output, StackMethod, Target},
     fold::Groups,
+    inbox::Inbox,
     placement::Plans,
     snapshot::{Sites, loss_names},
     terminal::Progress,
-    watch::{Attached, Watch, monotonic_ns},
+    watch::{Attached, Scope, Watch, monotonic_ns},
 };
 use crate::{
     preflight::{self, kernel_version::KernelVersion},
     probe::{
         kernel::{Kernel, KernelError, MappingEvents, PageChoice, ReturnInstances, Settings},
         planner,
-        records::Record,
     },
     process::{
         Pid, ProcessError, host,
@@ -154,8 +158,8 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
         Mode::Exact | Mode::Sample { .. } => None,
         Mode::Pages { .. } => Some(config.max_blocks as usize),
     };
-    let mut watch =
-        Watch::new(kernel, plans, config.shared_probes, endless, mappings, max_pages, exits);
+    let scope = Scope { shared_probes: config.shared_probes, endless, mappings, max_pages };
+    let mut watch = Watch::new(kernel, plans, scope, config.max_table_bytes, exits);
     if config.cache {
         watch.modules.use_cache();
     }
@@ -183,6 +187,8 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
         }
     }
 
+    let inbox =
+        Inbox::start(records, Arc::clone(&watch.unwinding)).map_err(SessionError::Events)?;
     let mut program = None;
     match &config.target {
         Target::Running(_) => {
@@ -241,9 +247,7 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
     let mut session = Session {
         config,
         watch,
-        // SAFETY: the ring buffer owns its descriptor and keeps it open and the same.
-        records: unsafe { AsyncFd::register(records) }
-            .map_err(|error| SessionError::Events(error.into()))?,
+        inbox,
         sites: Sites::default(),
         groups: Groups::default(),
         next_fold: Instant::now(),
@@ -252,6 +256,9 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
         kernel_release: host.kernel_release.clone(),
     };
     let status = session.wait(&mut signals, &mut exited, program.as_mut(), &mut output).await?;
+    // What ended the session is not meant for the report.
+    let interrupted = signals.raise_flag().map_err(SessionError::Events)?;
+    session.watch.modules.end_fetching_with(&interrupted);
     session.finish(output)?;
     Ok(status)
 }
@@ -431,7 +438,7 @@ pub(crate) fn jit_symbols(map: Option<&PerfMap>, avma: u64) -> Arc<[Symbol]> {
 struct Session<'a> {
     config: &'a Config,
     watch: Watch,
-    records: AsyncFd<RingBuf<MapData>>,
+    inbox: Inbox,
     sites: Sites,
     groups: Groups,
     next_fold: Instant,
@@ -513,10 +520,7 @@ impl Session<'_> {
                 }
                 // Last: whoever fills the ring buffer faster than it is read must not keep the
                 // session from ending.
-                ready = self.records.readable() => {
-                    ready.map_err(SessionError::Events)?.clear_ready();
-                    self.drain();
-                }
+                () = self.inbox.arrived() => self.drain(),
             }
         }
         progress.clear();
@@ -534,13 +538,13 @@ impl Session<'_> {
 
     /// Takes in what is in the ring buffer, and of what comes meanwhile no more than fits it once.
     fn drain(&mut self) {
-        /// Bytes of the ring buffer by those of the smallest record.
-        const MOST: usize = (4 << 20) / 32;
-        for _ in 0..MOST {
-            let Some(item) = self.records.get_mut().next() else { break };
-            let record = Record::parse(&item);
-            drop(item);
-            if let Some(record) = record {
+        // What was taken out of it, what was in it, and what came meanwhile.
+        for _ in 0..3 {
+            let records = self.inbox.take();
+            if records.is_empty() {
+                break;
+            }
+            for record in records {
                 self.watch.take(record);
             }
         }
@@ -633,9 +637,13 @@ impl Session<'_> {
         self.sites.name(&mut census.sites, &watch.lives, &mut watch.modules);
         if finished {
             // Only now, since events would be lost while servers are waited for.
-            if watch.modules.lack_debug_files() {
+            if let Some(patience) = watch.modules.lack_debug_files() {
                 if Progress::new().shown() {
-                    eprintln!("leakbpf: asking debuginfod for debug files (30 s at most) …");
+                    eprintln!(
+                        "leakbpf: asking debuginfod for debug files ({} s at most, Ctrl-C goes on \
+                         without) …",
+                        patience.as_secs()
+                    );
                 }
                 let renamed = watch.modules.fetch_debug_files();
                 self.sites.rename(&mut census.sites, &renamed, &mut watch.modules);
@@ -661,8 +669,9 @@ impl Session<'_> {
         add("mappings_unmatched", watch.mapping_losses);
         add("children_seen_late", watch.children_seen_late);
         add("probes_moved", watch.probes_moved);
-        add("spaces_full", watch.unwinding.spaces_full);
-        add("unwind_tables_full", watch.unwinding.tables_full + watch.kernel.unwind.failed());
+        let unwinding = watch.unwinding.losses();
+        add("spaces_full", unwinding.spaces_full);
+        add("unwind_tables_full", unwinding.tables_full);
         Ok(Profile {
             mode: self.config.mode,
             started_unix_ns: self.started_unix_ns,
@@ -760,6 +769,22 @@ impl Signals {
             .map(|(signal, kind)| Ok((signal, tokio::signal::unix::signal(kind)?)))
             .collect::<io::Result<_>>()?;
         Ok(Self { streams })
+    }
+
+    /// A flag that the next signal sets, also while nobody waits for one.
+    fn raise_flag(&self) -> io::Result<Arc<AtomicBool>> {
+        let flag = Arc::new(AtomicBool::new(false));
+        let ends = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
+        for signal in ends {
+            let flag = Arc::clone(&flag);
+            // SAFETY: storing an atomic is all that the handler does, which is async-signal-safe.
+            unsafe {
+                signal_hook_registry::register(signal as i32, move || {
+                    flag.store(true, Ordering::Relaxed);
+                })
+            }?;
+        }
+        Ok(flag)
     }
 
     async fn next(&mut self) -> Signal {

@@ -4,7 +4,8 @@
 use std::{
     collections::{BTreeSet, HashMap},
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, atomic::AtomicBool},
+    time::Duration,
 };
 
 use crate::{
@@ -54,7 +55,9 @@ impl Modules {
                 Limits::default(),
                 debuginfod_caches(|name| std::env::var_os(name).map(Into::into)),
             ),
-            debuginfod: Client::new(Patience::default(), |name| std::env::var_os(name)),
+            debuginfod: Client::new(Patience::of(|name| std::env::var_os(name)), |name| {
+                std::env::var_os(name)
+            }),
             names: HashMap::new(),
         }
     }
@@ -167,9 +170,17 @@ impl Modules {
         symbols
     }
 
-    /// Whether [`Modules::fetch_debug_files`] would ask a server.
-    pub fn lack_debug_files(&self) -> bool {
-        self.debuginfod.as_ref().is_some_and(|client| self.symbolizer.wants(client))
+    /// How long [`Modules::fetch_debug_files`] may take; `None` when it would ask no server.
+    pub fn lack_debug_files(&self) -> Option<Duration> {
+        let client = self.debuginfod.as_ref().filter(|client| self.symbolizer.wants(client))?;
+        Some(client.patience().session)
+    }
+
+    /// [`Modules::fetch_debug_files`] goes on without the rest when `interrupted` is set.
+    pub fn end_fetching_with(&mut self, interrupted: &Arc<AtomicBool>) {
+        if let Some(client) = &mut self.debuginfod {
+            client.end_with(Arc::clone(interrupted));
+        }
     }
 
     /// Has debuginfod asked for the debug files that the modules named so far lack, which may take

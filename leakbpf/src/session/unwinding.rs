@@ -3,21 +3,29 @@
 //!
 //! Memory is bounded: a file whose table does not fit any more is walked by frame pointers, and
 //! counted.
+//!
+//! A process's list of mappings is written by the session, which takes processes in and lets them
+//! go, and by the thread that reads the kernel side's records ([`super::inbox`]). Its mappings are
+//! read inside the lock, so that what is written last is what was read last.
 
 use std::{
     collections::{HashMap, HashSet},
     ops::Range,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use leakbpf_common::{
-    abi::Owner,
+    abi::{Owner, ProcessState, process_flags},
     table::{AddressSpace, ExecutableMapping, MAPPINGS_MAX, TABLES_MAX, no_table},
 };
 
 use crate::{
     elf::image::{Image, Segment, Source},
-    probe::unwind_maps::{UnloadedTable, UnwindMaps},
+    probe::{
+        records::Record,
+        tables::Table as KernelTable,
+        unwind_maps::{UnloadedTable, UnwindMaps},
+    },
     process::{
         Pid,
         mapped_file::MappedFile,
@@ -26,9 +34,6 @@ use crate::{
     symbolize::vdso,
     unwind::{Packed, Table},
 };
-
-/// Kernel memory for all tables together. 400 libraries of a desktop take some 40 MB.
-const TABLE_BYTES_MAX: usize = 192 << 20;
 
 /// Code made at run time comes and goes within such a reach of itself (V8's code range); it is
 /// listed as one mapping.
@@ -46,7 +51,7 @@ enum Origin {
 #[derive(Debug)]
 struct Loaded {
     serial: u32,
-    bytes: usize,
+    bytes: u64,
     svma: Range<u64>,
     /// Executable ones.
     segments: Vec<Segment>,
@@ -60,25 +65,161 @@ struct Shared {
 }
 
 /// What the kernel side knows of a process.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Told {
     uses: HashSet<Origin>,
     mappings: Vec<ExecutableMapping>,
 }
 
-/// See the module's documentation.
-#[derive(Debug, Default)]
-pub struct Unwinding {
-    tables: HashMap<Origin, Shared>,
-    told: HashMap<Owner, Told>,
-    serials: Serials,
-    bytes: usize,
-    /// Copied, not loaded yet.
-    unloaded: Vec<UnloadedTable>,
+/// What a record says of the code that stacks lead through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CodeChange {
+    /// A process has other mappings than before, or was never met.
+    Mappings(Owner),
+    Fork {
+        parent: Owner,
+        child: Owner,
+    },
+    /// `old` is the life that ended, unless its memory belongs to another process.
+    Exec {
+        old: Option<Owner>,
+        new: Owner,
+    },
+}
+
+impl CodeChange {
+    pub fn of(record: &Record) -> Option<Self> {
+        let borrows = |flags: u32| flags & process_flags::BORROWS_MEMORY != 0;
+        match record {
+            Record::Libraries(record) | Record::Seen(record) => {
+                Some(Self::Mappings(record.head.owner))
+            }
+            Record::Unmapped(record) => Some(Self::Mappings(record.head.owner)),
+            // A vfork child uses its parent's memory until its exec.
+            Record::Fork(fork) if borrows(fork.flags) => None,
+            Record::Fork(fork) => Some(Self::Fork { parent: fork.head.owner, child: fork.child }),
+            Record::Exec(exec) => {
+                let old = (!borrows(exec.old_flags)).then_some(exec.old);
+                Some(Self::Exec { old, new: exec.head.owner })
+            }
+            Record::Stack(_)
+            | Record::Mapping(_)
+            | Record::Page(_)
+            | Record::FirstThreadEnded(_) => None,
+        }
+    }
+}
+
+/// What did not fit.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Losses {
     /// Files whose table did not fit.
     pub tables_full: u64,
     /// Lists of mappings that did not fit their map.
     pub spaces_full: u64,
+}
+
+/// See the module's documentation.
+pub struct Unwinding {
+    kernel: Arc<UnwindMaps>,
+    processes: Arc<KernelTable<u32, ProcessState>>,
+    known: Mutex<Known>,
+}
+
+impl Unwinding {
+    /// `max_bytes` of kernel memory for all tables together.
+    pub fn new(
+        kernel: Arc<UnwindMaps>,
+        processes: Arc<KernelTable<u32, ProcessState>>,
+        max_bytes: u64,
+    ) -> Self {
+        let known = Known { max_bytes, ..Known::default() };
+        Self { kernel, processes, known: Mutex::new(known) }
+    }
+
+    /// Takes in a process that the kernel side does not watch yet.
+    pub fn begin(&self, owner: Owner, pid: Pid, maps: &Maps) {
+        self.known().refresh(&self.kernel, owner, pid, maps);
+    }
+
+    /// Reads a process's mappings and tells the kernel side, if it is a process of the session
+    /// still.
+    pub fn refresh(&self, owner: Owner) {
+        let mut known = self.known();
+        let pid = Pid(owner.tgid());
+        let Ok(maps) = Maps::of(pid) else { return };
+        if self.is_current(owner) {
+            known.refresh(&self.kernel, owner, pid, &maps);
+        }
+    }
+
+    /// A process has ended, or begun another life. The kernel side's map of processes says so
+    /// already.
+    pub fn forget(&self, owner: Owner) {
+        self.known().forget(&self.kernel, owner);
+    }
+
+    /// Does what the records ask for, which were all sent before now, in their order.
+    pub fn apply(&self, changes: &[CodeChange]) {
+        let mut refreshed = HashSet::new();
+        for &change in changes {
+            match change {
+                // Mappings are read as they are now: once is enough.
+                CodeChange::Mappings(owner) => {
+                    if refreshed.insert(owner) {
+                        self.refresh(owner);
+                    }
+                }
+                CodeChange::Fork { parent, child } => self.inherit(parent, child),
+                CodeChange::Exec { old, new } => {
+                    if let Some(old) = old {
+                        self.forget(old);
+                    }
+                    self.refresh(new);
+                }
+            }
+        }
+    }
+
+    pub fn losses(&self) -> Losses {
+        let known = self.known();
+        let Losses { tables_full, spaces_full } = known.losses;
+        Losses { tables_full: tables_full + self.kernel.failed(), spaces_full }
+    }
+
+    /// A forked child has its parent's mappings. The kernel side has given it its parent's list
+    /// when it began; tables that the parent lets go of must stay for the child.
+    fn inherit(&self, parent: Owner, child: Owner) {
+        let mut known = self.known();
+        if self.is_current(child) && !known.inherit(&self.kernel, parent, child) {
+            drop(known);
+            self.refresh(child);
+        }
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whoever ends a life takes it out of the kernel side's map first and then forgets it: what is
+    /// current inside the lock will be forgotten later, if at all.
+    fn is_current(&self, owner: Owner) -> bool {
+        let state = self.processes.get(&owner.tgid());
+        matches!(state, Ok(Some(state)) if state.owner == owner)
+    }
+}
+
+/// What the kernel side has.
+#[derive(Debug, Default)]
+struct Known {
+    tables: HashMap<Origin, Shared>,
+    told: HashMap<Owner, Told>,
+    serials: Serials,
+    bytes: u64,
+    max_bytes: u64,
+    /// Copied, not loaded yet.
+    unloaded: Vec<UnloadedTable>,
+    losses: Losses,
 }
 
 /// Serial numbers of tables; see [`TABLES_MAX`].
@@ -116,10 +257,10 @@ impl Serials {
     }
 }
 
-impl Unwinding {
-    /// Tells the kernel side what code a process has: replaces the list of its mappings, loads the
-    /// tables of files that are new, and drops those that nobody uses any more.
-    pub fn refresh(&mut self, kernel: &UnwindMaps, owner: Owner, pid: Pid, maps: &Maps) {
+impl Known {
+    /// Tells the kernel side what code a process has: loads the tables of files that are new,
+    /// replaces the list of its mappings, and drops the tables that nobody uses any more.
+    fn refresh(&mut self, kernel: &UnwindMaps, owner: Owner, pid: Pid, maps: &Maps) {
         if maps.is_empty() {
             return;
         }
@@ -144,33 +285,45 @@ impl Unwinding {
             list.module(mapping, origin, table);
         }
         let mappings = list.chosen();
-        let known = self.told.get(&owner).is_some_and(|told| told.mappings == mappings);
-        if !known && kernel.set_space(&space(owner, &mappings)).is_err() {
-            self.spaces_full += 1;
-        }
+        // First, or a walk would meet a table that is not there yet.
         kernel.load(std::mem::take(&mut self.unloaded));
-        for origin in &used {
+        let known = self.told.get(&owner).is_some_and(|told| told.mappings == mappings);
+        if !known {
+            self.set_space(kernel, owner, &mappings);
+        }
+        self.tell(kernel, owner, Told { uses: used, mappings });
+    }
+
+    /// Whether the parent is known.
+    fn inherit(&mut self, kernel: &UnwindMaps, parent: Owner, child: Owner) -> bool {
+        let Some(told) = self.told.get(&parent).cloned() else { return false };
+        // The parent's list may have changed since.
+        self.set_space(kernel, child, &told.mappings);
+        self.tell(kernel, child, told);
+        true
+    }
+
+    fn set_space(&mut self, kernel: &UnwindMaps, owner: Owner, mappings: &[ExecutableMapping]) {
+        self.losses.spaces_full += u64::from(kernel.set_space(&space(owner, mappings)).is_err());
+    }
+
+    fn tell(&mut self, kernel: &UnwindMaps, owner: Owner, told: Told) {
+        for origin in &told.uses {
             if let Some(shared) = self.tables.get_mut(origin) {
                 shared.users += 1;
             }
         }
-        if let Some(before) = self.told.insert(owner, Told { uses: used, mappings }) {
+        if let Some(before) = self.told.insert(owner, told) {
             self.release(kernel, before.uses);
         }
     }
 
-    /// A process has ended, or begun another life.
-    pub fn forget(&mut self, kernel: &UnwindMaps, owner: Owner) {
+    fn forget(&mut self, kernel: &UnwindMaps, owner: Owner) {
         // Gone already when the process never had a list.
         let _ = kernel.remove_space(owner);
         if let Some(told) = self.told.remove(&owner) {
             self.release(kernel, told.uses);
         }
-    }
-
-    /// Kernel memory that the tables take.
-    pub fn table_bytes(&self) -> usize {
-        self.bytes
     }
 
     fn release(&mut self, kernel: &UnwindMaps, origins: HashSet<Origin>) {
@@ -202,7 +355,7 @@ impl Unwinding {
             None => None,
             Some((packed, segments)) => {
                 let loaded = self.give(kernel, &packed, segments);
-                self.tables_full += u64::from(loaded.is_none());
+                self.losses.tables_full += u64::from(loaded.is_none());
                 loaded
             }
         };
@@ -216,8 +369,8 @@ impl Unwinding {
         packed: &Packed,
         segments: Vec<Segment>,
     ) -> Option<Loaded> {
-        let bytes = packed.size_bytes();
-        if self.bytes + bytes > TABLE_BYTES_MAX {
+        let bytes = packed.size_bytes() as u64;
+        if self.bytes + bytes > self.max_bytes {
             return None;
         }
         let serial = self.serials.take()?;

@@ -62,6 +62,19 @@ pub struct Attached {
     pub looked_at: Vec<LookedAt>,
 }
 
+/// What is watched, and how.
+#[derive(Debug, Clone, Copy)]
+pub struct Scope {
+    /// Probes are not for single processes.
+    pub shared_probes: bool,
+    /// There is always another process.
+    pub endless: bool,
+    /// Anonymous mappings are seen.
+    pub mappings: bool,
+    /// How many pages are kept, where pages are looked at and nothing is probed.
+    pub max_pages: Option<usize>,
+}
+
 /// Everything that is known of the watched processes.
 pub struct Watch {
     pub kernel: Kernel,
@@ -74,7 +87,7 @@ pub struct Watch {
     /// Processes that went on without the thread that their probes hung on.
     pub probes_moved: u64,
     pub mapping_losses: u64,
-    pub unwinding: Unwinding,
+    pub unwinding: Arc<Unwinding>,
     /// Lives whose mappings were read again: see [`Watch::take_in_mappings`].
     changed: HashSet<Owner>,
     /// Lives whose first thread has ended, and since when.
@@ -83,13 +96,7 @@ pub struct Watch {
     /// By process id; system-wide probes are under 0.
     placed: HashMap<u32, Placed>,
     exits: tokio::sync::mpsc::UnboundedSender<(Pid, Owner)>,
-    /// Probes are not for single processes.
-    shared_probes: bool,
-    /// There is always another process.
-    endless: bool,
-    mappings: bool,
-    /// How many pages are kept, where pages are looked at and nothing is probed.
-    max_pages: Option<usize>,
+    scope: Scope,
     /// Pages of all lives.
     pages: usize,
     /// Touches that were not recorded.
@@ -107,12 +114,12 @@ impl Watch {
     pub fn new(
         kernel: Kernel,
         plans: Plans,
-        shared_probes: bool,
-        endless: bool,
-        mappings: bool,
-        max_pages: Option<usize>,
+        scope: Scope,
+        max_table_bytes: u64,
         exits: tokio::sync::mpsc::UnboundedSender<(Pid, Owner)>,
     ) -> Self {
+        let (maps, processes) = (Arc::clone(&kernel.unwind), Arc::clone(&kernel.processes));
+        let unwinding = Unwinding::new(maps, processes, max_table_bytes);
         Self {
             kernel,
             lives: Vec::new(),
@@ -122,16 +129,13 @@ impl Watch {
             children_seen_late: 0,
             probes_moved: 0,
             mapping_losses: 0,
-            unwinding: Unwinding::default(),
+            unwinding: Arc::new(unwinding),
             changed: HashSet::new(),
             headless: Vec::new(),
             plans,
             placed: HashMap::new(),
             exits,
-            shared_probes,
-            endless,
-            mappings,
-            max_pages,
+            scope,
             pages: 0,
             pages_full: 0,
             detacher: Detacher::default(),
@@ -143,10 +147,6 @@ impl Watch {
 
     /// Counts from now on.
     pub fn begin(&mut self) -> Result<(), SessionError> {
-        // Placing probes takes longer than that; without any, the first stacks would find no rows.
-        if self.max_pages.is_some() {
-            self.kernel.unwind.wait_until_loaded();
-        }
         self.began_ns = monotonic_ns();
         self.kernel.enable(true)?;
         Ok(())
@@ -162,8 +162,8 @@ impl Watch {
         let identity = Identity::of(pid)?;
         let maps = Maps::of(pid)?;
         let owner = Owner::new(pid.0, generation());
-        let flags = if self.mappings { process_flags::MAPPINGS } else { 0 };
-        self.unwinding.refresh(&self.kernel.unwind, owner, pid, &maps);
+        let flags = if self.scope.mappings { process_flags::MAPPINGS } else { 0 };
+        self.unwinding.begin(owner, pid, &maps);
         self.kernel
             .processes
             .set(&pid.0, ProcessState { owner, flags, ..ProcessState::default() })
@@ -208,7 +208,7 @@ impl Watch {
     /// Opens the page tables of a life. Those of another one, which the process has begun by `execve`
     /// meanwhile, are of no use.
     fn open_pagemap(&mut self, id: ProcessId) {
-        let Some(life) = self.lives.get_mut(id.0).filter(|_| self.max_pages.is_some()) else {
+        let Some(life) = self.lives.get_mut(id.0).filter(|_| self.scope.max_pages.is_some()) else {
             return;
         };
         let opened = Pagemap::open(life.pid()).ok();
@@ -242,11 +242,11 @@ impl Watch {
         for file in maps.executable_files() {
             self.modules.of_file(pid, file.id, Some(maps));
         }
-        if self.max_pages.is_some() {
+        if self.scope.max_pages.is_some() {
             return Ok(Attached { pid, functions: 0, probes: 0, looked_at: Vec::new() });
         }
         let looked_at = self.plans.of(pid, maps);
-        let (key, scope) = match self.shared_probes {
+        let (key, scope) = match self.scope.shared_probes {
             true => (0, None),
             false => (pid.0, NonZeroU32::new(memory_owner(pid).0)),
         };
@@ -309,7 +309,7 @@ impl Watch {
         let Some(id) = self.life_or_stranger(page.head.owner) else { return };
         let Some(life) = self.lives.get_mut(id.0).filter(|life| !life.folded) else { return };
         let known = life.pages.knows(page.address);
-        if !known && self.max_pages.is_none_or(|most| self.pages >= most) {
+        if !known && self.scope.max_pages.is_none_or(|most| self.pages >= most) {
             self.pages_full += 1;
             return;
         }
@@ -322,7 +322,7 @@ impl Watch {
 
     /// Looks which of the pages are still there: of those touched since the last look, or of all.
     pub fn look_at_pages(&mut self, all: bool) {
-        if self.max_pages.is_none() {
+        if self.scope.max_pages.is_none() {
             return;
         }
         let mut unreadable = Vec::new();
@@ -421,10 +421,7 @@ impl Watch {
             Identity::of(pid).unwrap_or_else(|_| gone(pid, parent.map(|id| &self.lives[id.0])));
         let initial_break = parent.and_then(|id| self.lives[id.0].mappings.program_break());
         self.add_life(fork.child, identity, maps.clone(), initial_break);
-        // The kernel side has given it its parent's list already; what counts here is the order
-        // in which the agent takes and drops tables, and that waits for the probes.
-        self.changed.insert(fork.child);
-        if self.shared_probes || self.max_pages.is_some() {
+        if self.scope.shared_probes || self.scope.max_pages.is_some() {
             return;
         }
         let untouched = self.probes_untouched(fork.head.owner.tgid(), pid, &maps);
@@ -467,10 +464,8 @@ impl Watch {
             former = Some(id);
             self.lives[id.0].process.end.get_or_insert_with(|| ENDED_BY_EXEC.to_owned());
             self.lives[id.0].end_pages();
-            self.unwinding.forget(&self.kernel.unwind, exec.old);
         }
         let maps = maps_of(&self.kernel, exec.head.owner);
-        self.unwinding.refresh(&self.kernel.unwind, exec.head.owner, pid, &maps);
         let former = former.map(|id| &self.lives[id.0]);
         let identity = Identity::of(pid).unwrap_or_else(|_| gone(pid, former));
         self.add_life(exec.head.owner, identity, maps.clone(), None);
@@ -501,7 +496,7 @@ impl Watch {
     }
 
     fn probes_hang_on_threads(&self) -> bool {
-        !self.shared_probes && self.max_pages.is_none()
+        !self.scope.shared_probes && self.scope.max_pages.is_none()
     }
 
     /// When [`Self::attend_headless`] has something to do.
@@ -542,7 +537,7 @@ impl Watch {
         }
         self.end_former_life(pid, owner, "exited");
         let maps = maps_of(&self.kernel, owner);
-        self.unwinding.refresh(&self.kernel.unwind, owner, pid, &maps);
+        self.unwinding.refresh(owner);
         let identity = Identity::of(pid).unwrap_or_else(|_| gone(pid, None));
         let id = self.add_life(owner, identity, maps.clone(), None);
         let _ = self.place(pid, &maps);
@@ -551,20 +546,16 @@ impl Watch {
 
     /// Does what changed mappings ask for, once for all records of it: libraries that come and go
     /// fast must be seen while they are there, and that is all that their records do at first.
-    /// Unwind tables come before allocators: the next stack may lead through the new code.
     pub fn take_in_mappings(&mut self) {
         let changed: Vec<_> = std::mem::take(&mut self.changed)
             .into_iter()
             .filter_map(|owner| {
                 let id = self.life_of(owner).filter(|id| !self.lives[id.0].ended())?;
                 let life = &self.lives[id.0];
-                Some((owner, life.pid(), life.space.maps()?.clone()))
+                Some((life.pid(), life.space.maps()?.clone()))
             })
             .collect();
-        for (owner, pid, maps) in &changed {
-            self.unwinding.refresh(&self.kernel.unwind, *owner, *pid, maps);
-        }
-        for (_, pid, maps) in changed {
+        for (pid, maps) in changed {
             if let Ok(attached) = self.place(pid, &maps)
                 && attached.functions > 0
             {
@@ -575,7 +566,7 @@ impl Watch {
 
     /// Nothing tells of libraries where nothing is probed: looks for those that came or went.
     pub fn look_for_code(&mut self) {
-        if self.max_pages.is_none() {
+        if self.scope.max_pages.is_none() {
             return;
         }
         for life in self.lives.iter_mut().filter(|life| !life.ended()) {
@@ -585,6 +576,7 @@ impl Watch {
                 // What is at an address from now on is all that counts.
                 life.space = Space::new(life.space.epoch().unwrap_or(0), maps);
                 self.changed.insert(life.owner);
+                self.unwinding.refresh(life.owner);
             }
         }
         self.take_in_mappings();
@@ -616,7 +608,6 @@ impl Watch {
         life.process.end.get_or_insert_with(|| how.to_owned());
         life.end_pages();
         if !replaced {
-            self.unwinding.forget(&self.kernel.unwind, owner);
             if let Some(placed) = self.placed.remove(&pid.0) {
                 self.detacher.detach(placed.into_links());
             }
@@ -625,12 +616,13 @@ impl Watch {
             {
                 let _ = self.kernel.processes.delete(&pid.0);
             }
+            self.unwinding.forget(owner);
         }
     }
 
     /// Whether every process of the session has ended.
     pub fn all_ended(&self) -> bool {
-        !self.endless && self.lives.iter().all(Life::ended)
+        !self.scope.endless && self.lives.iter().all(Life::ended)
     }
 
     /// Takes every probe away, in the background: the kernel waits for a grace period with each

@@ -13,6 +13,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -49,10 +51,12 @@ pub enum FetchError {
     TooMany,
     #[error("the {} s that a session waits for debuginfod are over", .0.as_secs_f32())]
     Over(Duration),
+    #[error("a signal ended the wait for debuginfod")]
+    Interrupted,
 }
 
 /// How long to wait for servers.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Patience {
     /// For one file.
     pub file: Duration,
@@ -66,6 +70,20 @@ impl Default for Patience {
     }
 }
 
+impl Patience {
+    /// `DEBUGINFOD_MAXTIME` is the time in seconds after which `debuginfod-find` itself gives up a
+    /// file.
+    pub fn of(variable: impl Fn(&str) -> Option<OsString>) -> Patience {
+        let standard = Patience::default();
+        let text = variable("DEBUGINFOD_MAXTIME").and_then(|text| text.into_string().ok());
+        let seconds = text.and_then(|text| text.parse::<u32>().ok()).filter(|&seconds| seconds > 0);
+        let Some(seconds) = seconds else { return standard };
+        // It is stopped only when it does not keep to it.
+        let file = Duration::from_secs(u64::from(seconds) + 1);
+        Patience { file, session: standard.session.max(file) }
+    }
+}
+
 /// Asks the servers in `DEBUGINFOD_URLS`, each file once.
 #[derive(Debug)]
 pub struct Client {
@@ -73,6 +91,7 @@ pub struct Client {
     patience: Patience,
     spent: Duration,
     asked: HashSet<Vec<u8>>,
+    interrupted: Arc<AtomicBool>,
 }
 
 impl Client {
@@ -83,7 +102,23 @@ impl Client {
             return None;
         }
         let program = variable("PATH").and_then(|path| find_program(&path));
-        Some(Client { program, patience, spent: Duration::ZERO, asked: HashSet::new() })
+        let interrupted = Arc::default();
+        Some(Client {
+            program,
+            patience,
+            spent: Duration::ZERO,
+            asked: HashSet::new(),
+            interrupted,
+        })
+    }
+
+    /// Nothing is waited for when `interrupted` is set.
+    pub fn end_with(&mut self, interrupted: Arc<AtomicBool>) {
+        self.interrupted = interrupted;
+    }
+
+    pub fn patience(&self) -> Patience {
+        self.patience
     }
 
     /// Was the file asked for before?
@@ -109,6 +144,13 @@ impl Client {
         let mut waiting = build_ids.iter().zip(&mut answers).take(allowed);
         let mut running: Vec<(Running, &mut Result<PathBuf, FetchError>)> = Vec::new();
         loop {
+            if self.interrupted.load(Ordering::Relaxed) {
+                let unanswered = running.into_iter().map(|(_, answer)| answer);
+                for answer in unanswered.chain(waiting.map(|(_, answer)| answer)) {
+                    *answer = Err(FetchError::Interrupted);
+                }
+                break;
+            }
             while running.len() < PARALLEL && Instant::now() < until {
                 let Some((build_id, answer)) = waiting.next() else { break };
                 match Running::start(program, build_id, patience, until) {

@@ -22,6 +22,7 @@ use std::path::PathBuf;
 
 pub use cache::Cache;
 pub use demangle::demangle;
+pub use dwarf::WorkTime;
 use module::Module;
 pub use module::Problem;
 pub use perf_map::PerfMap;
@@ -49,11 +50,13 @@ pub struct Limits {
     pub debug_info_bytes: u64,
     /// For all modules together. The module in use is kept, however large.
     pub retained_bytes: usize,
+    /// For the debug information of one module.
+    pub time: WorkTime,
 }
 
 impl Default for Limits {
     fn default() -> Limits {
-        Limits { debug_info_bytes: 256 << 20, retained_bytes: 24 << 20 }
+        Limits { debug_info_bytes: 256 << 20, retained_bytes: 24 << 20, time: WorkTime::default() }
     }
 }
 

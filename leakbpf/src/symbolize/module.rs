@@ -566,7 +566,7 @@ impl<'a> Files<'a> {
         if !beside.contains(place) {
             beside.push(place.clone());
         }
-        match DebugInfo::read(image, alternate, beside, limits.debug_info_bytes) {
+        match DebugInfo::read(image, alternate, beside, limits.debug_info_bytes, limits.time) {
             Ok(info) => (Some(info), missing),
             Err(source) => {
                 problems.push(Problem::DebugInfo { path: place.path().to_owned(), source });

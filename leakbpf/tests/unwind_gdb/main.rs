@@ -19,9 +19,17 @@ use gdb::{Gdb, Thread};
 use target::Target;
 use walk::{Modules, Stack, walk};
 
+/// Moments at which each program must have been compared.
+const POINTS: usize = 100;
+
+/// Stops in one round of `targets/frames.c`.
+const FRAME_KINDS: usize = 12;
+
 /// Stacks compared, by result.
 #[derive(Default)]
 struct Tally {
+    /// Moments at which all threads were compared.
+    points: usize,
     /// Same frames up to the thread's first.
     identical: usize,
     frames: usize,
@@ -36,6 +44,8 @@ struct Tally {
     outcomes: BTreeMap<Outcome, usize>,
     /// Functions whose frames were found by rows, as gdb names them.
     by_rows: BTreeSet<String>,
+    /// Functions of the identical stacks, as gdb names them.
+    functions: Vec<Vec<String>>,
     different: Vec<String>,
 }
 
@@ -60,6 +70,7 @@ impl Tally {
         } else if stack.outcome == Outcome::Complete && *ours == theirs {
             self.identical += 1;
             self.frames += ours.len();
+            self.functions.push(thread.frames.iter().map(|frame| frame.1.clone()).collect());
         } else {
             self.different.push(difference(stack, thread));
         }
@@ -73,9 +84,20 @@ impl Tally {
             + self.different.len()
     }
 
+    /// Identical stacks that lead from a function whose name contains the first word through one
+    /// that is named as the second.
+    fn identical_through(&self, inner: &str, outer: &str) -> usize {
+        let leads = |functions: &&Vec<String>| {
+            let position = functions.iter().position(|name| name == outer);
+            position.is_some_and(|outer| functions[..outer].iter().any(|f| f.contains(inner)))
+        };
+        self.functions.iter().filter(leads).count()
+    }
+
     /// Every stack is as gdb has it.
     #[track_caller]
     fn assert_agreement(&self) {
+        assert!(self.points >= POINTS, "compared at {} points of {POINTS}", self.points);
         if let Some(first) = self.different.first() {
             panic!("{self}; the first that differs:\n{first}");
         }
@@ -86,8 +108,9 @@ impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} stacks: {} identical ({} frames, deepest {}), {} until code without rows, \
+            "{} points, {} stacks: {} identical ({} frames, deepest {}), {} until code without rows, \
              {} until an unsupported row, {} until a bad address, {} different; outcomes {:?}",
+            self.points,
             self.stacks(),
             self.identical,
             self.frames,
@@ -133,6 +156,7 @@ impl Comparison {
 
     fn compare(&mut self, threads: &[Thread]) {
         assert!(!threads.is_empty(), "gdb sees the process's threads");
+        self.tally.points += 1;
         for thread in threads {
             let pid = Pid(self.target.pid());
             let stack = walk(pid, &mut self.modules, thread.registers);
@@ -178,10 +202,23 @@ fn every_kind_of_frame_that_c_makes_is_unwound_as_gdb_does() {
     let options = ["-O2", "-fomit-frame-pointer", "-pthread"];
     let mut comparison = Comparison::of(Target::compile("gcc", "frames.c", &options));
     comparison.target.send_line();
-    comparison.at_stops(33);
+    comparison.at_stops(10 * FRAME_KINDS);
     let tally = comparison.conclude("C at its stops");
     assert_eq!(tally.identical, tally.stacks());
     assert!(tally.deepest > 40);
+}
+
+#[test]
+fn an_allocation_inside_a_signal_handler_is_unwound_as_gdb_does() {
+    let options = ["-O2", "-fomit-frame-pointer", "-pthread", "-Wl,-z,now"];
+    let mut comparison = Comparison::of(Target::compile("gcc", "frames.c", &options));
+    comparison.target.send_line();
+    comparison.at_stops(1);
+    comparison.at_each_instruction(400);
+    let tally = comparison.conclude("C in a signal handler");
+    assert_eq!(tally.identical, tally.stacks(), "{tally}");
+    let points = tally.identical_through("malloc", "on_signal_allocates");
+    assert!(points >= POINTS, "{points} points in malloc, called by a signal handler");
 }
 
 #[test]
@@ -190,11 +227,15 @@ fn every_instruction_of_a_c_program_is_unwound_as_gdb_does() {
     let mut comparison = Comparison::of(Target::compile("gcc", "frames.c", &options));
     comparison.target.send_line();
     comparison.at_each_instruction(100);
-    for _ in 0..22 {
+    for _ in 0..9 * FRAME_KINDS {
         comparison.at_stops(1);
         comparison.at_each_instruction(100);
     }
     let tally = comparison.conclude("C by instruction");
+    for function in ["with_alloca", "with_huge_frame", "with_alignment", "compare", "on_signal"] {
+        let points = tally.identical_through("", function);
+        assert!(points >= POINTS, "{points} points below {function}");
+    }
     // The lazy resolver keeps its frame in rbx.
     assert!(tally.until_unsupported * 5 < tally.stacks(), "{tally}");
 }
@@ -204,7 +245,7 @@ fn signal_frames_of_a_c_library_without_call_frame_information_are_found() {
     let options = ["-static", "-O2", "-fomit-frame-pointer", "-pthread"];
     let mut comparison = Comparison::of(Target::compile("musl-gcc", "frames.c", &options));
     comparison.target.send_line();
-    comparison.at_stops(22);
+    comparison.at_stops(9 * FRAME_KINDS);
     let tally = comparison.conclude("C with musl");
     // It lies below the frames of a handler and of musl's signal return.
     assert!(tally.by_rows.contains("reads_first"), "{:?}", tally.by_rows);
@@ -214,7 +255,7 @@ fn signal_frames_of_a_c_library_without_call_frame_information_are_found() {
 fn cpp_with_exceptions_and_threads_is_unwound_as_gdb_does() {
     let target = Target::compile("g++", "throws.cpp", &["-O2", "-fomit-frame-pointer", "-pthread"]);
     let mut comparison = Comparison::of(target);
-    comparison.at_random(100);
+    comparison.at_random(POINTS);
     let tally = comparison.conclude("C++");
     assert!(tally.identical * 100 >= tally.stacks() * 99, "{tally}");
 }
@@ -222,7 +263,7 @@ fn cpp_with_exceptions_and_threads_is_unwound_as_gdb_does() {
 #[test]
 fn a_rust_program_is_unwound_as_gdb_does() {
     let mut comparison = Comparison::of(Target::rust());
-    comparison.at_random(20);
+    comparison.at_random(POINTS);
     let tally = comparison.conclude("Rust");
     assert_eq!(tally.identical, tally.stacks(), "{tally}");
 }
@@ -240,7 +281,7 @@ while True:
 ";
     let mut comparison =
         Comparison::of(Target::run("/usr/bin/python3", &["-c", program], "python3"));
-    comparison.at_random(100);
+    comparison.at_random(POINTS);
     let tally = comparison.conclude("python3");
     assert_eq!(tally.identical, tally.stacks(), "{tally}");
 }
@@ -250,7 +291,7 @@ fn perl_is_unwound_as_gdb_does() {
     let program = "sub f { my $n = shift; return $n ? f($n - 1) . 'x' : join '', sort { $a cmp $b } \
                    map { s/1/2/r } 1..20 } f(10) while 1";
     let mut comparison = Comparison::of(Target::run("/usr/bin/perl", &["-e", program], "perl"));
-    comparison.at_random(100);
+    comparison.at_random(POINTS);
     let tally = comparison.conclude("perl");
     assert_eq!(tally.identical, tally.stacks(), "{tally}");
 }
@@ -258,7 +299,7 @@ fn perl_is_unwound_as_gdb_does() {
 #[test]
 fn redis_is_unwound_as_gdb_does() {
     let mut comparison = Comparison::of(Target::redis());
-    comparison.at_random(100);
+    comparison.at_random(POINTS);
     let tally = comparison.conclude("redis-server");
     assert!(tally.identical * 100 >= tally.stacks() * 99, "{tally}");
 }
@@ -266,7 +307,7 @@ fn redis_is_unwound_as_gdb_does() {
 #[test]
 fn nginx_is_unwound_as_gdb_does() {
     let mut comparison = Comparison::of(Target::nginx());
-    comparison.at_random(100);
+    comparison.at_random(POINTS);
     let tally = comparison.conclude("nginx");
     assert!(tally.identical * 100 >= tally.stacks() * 99, "{tally}");
 }
@@ -279,7 +320,7 @@ function f(n) { return n ? f(n - 1) + 1 : JSON.stringify([...Array(50).keys()].s
 setInterval(() => { for (let i = 0; i < 2000; i++) f(20); zlib.deflateSync(Buffer.alloc(99999)) }, 0);
 ";
     let mut comparison = Comparison::of(Target::run("node", &["-e", program], "nodejs"));
-    comparison.at_random(30);
+    comparison.at_random(POINTS);
     let tally = comparison.conclude("node");
-    assert!(tally.identical > 0 && tally.until_rowless > 0, "{tally}");
+    assert!(tally.identical >= POINTS && tally.until_rowless >= POINTS / 2, "{tally}");
 }

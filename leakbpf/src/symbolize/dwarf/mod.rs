@@ -5,7 +5,9 @@
 //! grows; nothing recurses, and each step has a [`Budget`], since the file may have been written to
 //! exhaust whoever reads it.
 
+mod budget;
 mod lines;
+mod open;
 mod split;
 mod unit;
 
@@ -14,12 +16,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gimli::{
-    Abbreviations, AttributeSpecification, AttributeValue, DebugAbbrevOffset, DebugInfoOffset,
-    DebugLineOffset, EndianSlice, LittleEndian, Reader as _, Section as _, SectionId, UnitOffset,
+    Abbreviations, AttributeValue, DebugAbbrevOffset, DebugInfoOffset, EndianSlice, LittleEndian,
+    SectionId, UnitOffset,
 };
 
 use crate::elf::debug_files::{Open, Place};
 use crate::elf::image::{Image, ImageError};
+use budget::Budget;
+pub use budget::WorkTime;
+use open::{
+    ABBREVIATIONS_GROWTH, KeptAbbreviations, Ranges, Root, abbreviations, open_unit, table_bytes,
+};
 pub use split::SplitError;
 use split::{Splits, View};
 use unit::UnitNames;
@@ -28,30 +35,12 @@ type Reader<'a> = EndianSlice<'a, LittleEndian>;
 type Dwarf<'a> = gimli::Dwarf<Reader<'a>>;
 type Unit<'a> = gimli::Unit<Reader<'a>>;
 
-/// The largest compilers' tables have some ten thousand entries.
-const ABBREVIATIONS_MAX_BYTES: usize = 1 << 20;
-/// Bytes of the tables that are kept parsed.
-const ABBREVIATIONS_KEPT_BYTES: usize = 1 << 20;
-/// What a byte of a table takes when parsed, at worst.
-const ABBREVIATIONS_GROWTH: usize = 24;
 /// Parsed units are dropped beyond this.
 const UNITS_KEPT_BYTES: usize = 16 << 20;
 /// Units that claim the same address and are tried for it.
 const CANDIDATES_MAX: usize = 16;
 /// How far to look back for a unit that is large enough to reach the address.
 const LOOK_BACK: usize = 256;
-/// Spans of units, functions, ranges, rows: each is 16 to 40 bytes in memory.
-const ITEMS_MAX: u64 = 4 << 20;
-const INDEX_TIME_MAX: Duration = Duration::from_secs(10);
-const LOOKUP_TIME_MAX: Duration = Duration::from_secs(2);
-/// For all lookups in one file together: so much, and the time that each is allowed on average,
-/// thirty times what large honest files take.
-const TOTAL_TIME_MAX: Duration = Duration::from_secs(20);
-const LOOKUP_TIME_MEAN_MAX: Duration = Duration::from_millis(1);
-
-/// Steps between two looks at the clock.
-const STEPS_BETWEEN_LOOKS: u32 = 1024;
-
 #[derive(Debug, thiserror::Error)]
 pub enum DwarfError {
     #[error("{0}")]
@@ -60,52 +49,6 @@ pub enum DwarfError {
     Damaged(#[from] gimli::Error),
     #[error("debug information takes more work than an honest file needs")]
     TooMuchWork,
-}
-
-/// A bound on the work for one answer.
-#[derive(Debug)]
-struct Budget {
-    until: Instant,
-    items: u64,
-    steps: u32,
-}
-
-impl Budget {
-    fn new(time: Duration) -> Budget {
-        Budget { until: Instant::now() + time, items: ITEMS_MAX, steps: 0 }
-    }
-
-    /// Accounts for something that is kept in memory.
-    fn keep(&mut self) -> Result<(), DwarfError> {
-        self.items = self.items.checked_sub(1).ok_or(DwarfError::TooMuchWork)?;
-        self.step()
-    }
-
-    /// Accounts for something that is looked at.
-    fn step(&mut self) -> Result<(), DwarfError> {
-        self.step_by(1)
-    }
-
-    /// Accounts for the attributes of a DIE. There can be a million, and take no byte of it.
-    fn step_over(&mut self, attributes: &[AttributeSpecification]) -> Result<(), DwarfError> {
-        self.step_by(u32::try_from(attributes.len()).unwrap_or(u32::MAX))
-    }
-
-    fn step_by(&mut self, steps: u32) -> Result<(), DwarfError> {
-        self.steps = self.steps.saturating_add(steps);
-        if self.steps >= STEPS_BETWEEN_LOOKS {
-            self.steps = 0;
-            self.check_time()?;
-        }
-        Ok(())
-    }
-
-    fn check_time(&self) -> Result<(), DwarfError> {
-        if Instant::now() > self.until {
-            return Err(DwarfError::TooMuchWork);
-        }
-        Ok(())
-    }
 }
 
 /// One function at an address.
@@ -152,6 +95,7 @@ pub struct DebugInfo {
     abbreviations: KeptAbbreviations,
     section_bytes: usize,
     limit_bytes: u64,
+    time: WorkTime,
     lookups: u32,
     spent: Duration,
 }
@@ -173,6 +117,7 @@ impl DebugInfo {
         alternate: Option<&Image>,
         beside: Vec<Place>,
         limit_bytes: u64,
+        time: WorkTime,
     ) -> Result<DebugInfo, DwarfError> {
         let mut left = limit_bytes;
         let sections = gimli::DwarfSections::load(|id| load_main(image, id, &mut left))?;
@@ -190,6 +135,7 @@ impl DebugInfo {
             abbreviations: KeptAbbreviations::default(),
             section_bytes: (limit_bytes - left) as usize,
             limit_bytes,
+            time,
             lookups: 0,
             spent: Duration::ZERO,
         };
@@ -211,7 +157,7 @@ impl DebugInfo {
     }
 
     fn index(&mut self) -> Result<(), DwarfError> {
-        let mut budget = Budget::new(INDEX_TIME_MAX);
+        let mut budget = Budget::new(self.time.index);
         let dwarf = view(&self.sections, self.alternate.as_ref());
         let mut spans = Vec::new();
         let mut offsets = Vec::new();
@@ -271,8 +217,8 @@ impl DebugInfo {
 
     /// What was compiled to `svma`. `open` opens `.dwo` and `.dwp` files.
     pub fn find(&mut self, svma: u64, open: &mut Open) -> Result<Found, DwarfError> {
-        let allowed = LOOKUP_TIME_MEAN_MAX.saturating_mul(self.lookups);
-        if self.spent > TOTAL_TIME_MAX.saturating_add(allowed) {
+        let allowed = self.time.mean.saturating_mul(self.lookups);
+        if self.spent > self.time.total.saturating_add(allowed) {
             return Err(DwarfError::TooMuchWork);
         }
         self.lookups = self.lookups.saturating_add(1);
@@ -295,7 +241,7 @@ impl DebugInfo {
             .map(|span| span.unit)
             .take(CANDIDATES_MAX)
             .collect();
-        let mut budget = Budget::new(LOOKUP_TIME_MAX);
+        let mut budget = Budget::new(self.time.lookup);
         let mut is_partial = false;
         for number in candidates {
             let frames = self.find_in_unit(number, svma, open, &mut budget)?;
@@ -396,203 +342,6 @@ impl<'a> Lookup<'a> {
         let after = offsets.partition_point(|&unit| unit <= offset);
         offsets.get(after.checked_sub(1)?).copied()
     }
-}
-
-/// Address ranges as a DIE states them.
-#[derive(Debug, Clone, Copy, Default)]
-struct Ranges<'a> {
-    low: Option<AttributeValue<Reader<'a>>>,
-    high: Option<AttributeValue<Reader<'a>>>,
-    list: Option<AttributeValue<Reader<'a>>>,
-}
-
-impl<'a> Ranges<'a> {
-    /// Takes up an attribute when it is about ranges.
-    fn take(&mut self, attribute: &gimli::Attribute<Reader<'a>>) {
-        match attribute.name() {
-            gimli::DW_AT_low_pc => self.low = Some(attribute.value()),
-            gimli::DW_AT_high_pc => self.high = Some(attribute.value()),
-            gimli::DW_AT_ranges => self.list = Some(attribute.value()),
-            _ => {}
-        }
-    }
-
-    /// Calls `keep` with begin and end of each range. What a linker dropped is left out: its
-    /// addresses are 0 or near the highest (DWARF issue 200609.1).
-    fn each(
-        &self,
-        dwarf: &Dwarf<'a>,
-        unit: &Unit<'a>,
-        budget: &mut Budget,
-        mut keep: impl FnMut(u64, u64),
-    ) -> Result<(), DwarfError> {
-        let mut take = |begin: u64, end: u64, budget: &mut Budget| {
-            if begin == 0 || begin >= end {
-                return budget.step();
-            }
-            keep(begin, end);
-            budget.keep()
-        };
-        if let Some(list) = self.list {
-            // It may be as long as its section, and say nothing.
-            budget.check_time()?;
-            let Ok(Some(mut ranges)) = dwarf.attr_ranges(unit, list) else {
-                return Ok(());
-            };
-            while let Ok(Some(range)) = ranges.next() {
-                take(range.begin, range.end, budget)?;
-            }
-            return Ok(());
-        }
-        let (Some(low), Some(high)) = (self.low, self.high) else {
-            return Ok(());
-        };
-        let Ok(Some(begin)) = dwarf.attr_address(unit, low) else {
-            return Ok(());
-        };
-        let end = match high {
-            AttributeValue::Udata(size) => begin.checked_add(size),
-            high => dwarf.attr_address(unit, high).ok().flatten(),
-        };
-        match end {
-            Some(end) => take(begin, end, budget),
-            None => Ok(()),
-        }
-    }
-}
-
-/// What a unit's first DIE says.
-struct Root<'a> {
-    ranges: Ranges<'a>,
-    lines: Option<DebugLineOffset<usize>>,
-    /// Name of the file that the unit is a skeleton of.
-    dwo_name: Option<AttributeValue<Reader<'a>>>,
-}
-
-/// As `gimli::Dwarf::unit`, but leaves the line program's header alone: with its lists of files it
-/// is most of the cost, and few units' lines are ever asked for.
-fn open_unit<'a>(
-    dwarf: &Dwarf<'a>,
-    header: gimli::UnitHeader<Reader<'a>>,
-    abbreviations: Arc<Abbreviations>,
-) -> Result<(Unit<'a>, Root<'a>), DwarfError> {
-    let encoding = header.encoding();
-    let mut unit = Unit {
-        abbreviations,
-        name: None,
-        comp_dir: None,
-        low_pc: 0,
-        str_offsets_base: gimli::DebugStrOffsetsBase::default_for_encoding_and_file(
-            encoding,
-            dwarf.file_type,
-        ),
-        addr_base: gimli::DebugAddrBase(0),
-        loclists_base: gimli::DebugLocListsBase::default_for_encoding_and_file(
-            encoding,
-            dwarf.file_type,
-        ),
-        rnglists_base: gimli::DebugRngListsBase::default_for_encoding_and_file(
-            encoding,
-            dwarf.file_type,
-        ),
-        line_program: None,
-        dwo_id: match header.type_() {
-            gimli::UnitType::Skeleton(id) | gimli::UnitType::SplitCompilation(id) => Some(id),
-            _ => None,
-        },
-        header,
-    };
-    let mut root = Root { ranges: Ranges::default(), lines: None, dwo_name: None };
-    let mut directory = None;
-    let mut attributes = Vec::new();
-    {
-        let mut entries = unit.entries_raw(None)?;
-        if let Some(abbreviation) = entries.read_abbreviation()? {
-            for specification in abbreviation.attributes() {
-                attributes.push(entries.read_attribute(*specification)?);
-            }
-        }
-    }
-    for attribute in &attributes {
-        root.ranges.take(attribute);
-        match (attribute.name(), attribute.value()) {
-            (gimli::DW_AT_comp_dir, value) => directory = Some(value),
-            (gimli::DW_AT_stmt_list, AttributeValue::DebugLineRef(offset)) => {
-                root.lines = Some(offset);
-            }
-            (gimli::DW_AT_str_offsets_base, AttributeValue::DebugStrOffsetsBase(base)) => {
-                unit.str_offsets_base = base;
-            }
-            (
-                gimli::DW_AT_addr_base | gimli::DW_AT_GNU_addr_base,
-                AttributeValue::DebugAddrBase(base),
-            ) => unit.addr_base = base,
-            (
-                gimli::DW_AT_rnglists_base | gimli::DW_AT_GNU_ranges_base,
-                AttributeValue::DebugRngListsBase(base),
-            ) => unit.rnglists_base = base,
-            (gimli::DW_AT_GNU_dwo_id, AttributeValue::DwoId(id)) => unit.dwo_id = Some(id),
-            (gimli::DW_AT_dwo_name | gimli::DW_AT_GNU_dwo_name, name) => {
-                root.dwo_name = Some(name);
-            }
-            _ => {}
-        }
-    }
-    // Only now, since these may be indices that count from the bases.
-    unit.comp_dir = directory.and_then(|value| dwarf.attr_string(&unit, value).ok());
-    let low = root.ranges.low;
-    if let Some(Ok(Some(low_pc))) = low.map(|low| dwarf.attr_address(&unit, low)) {
-        unit.low_pc = low_pc;
-    }
-    Ok((unit, root))
-}
-
-/// Tables that several units may share.
-#[derive(Debug, Default)]
-struct KeptAbbreviations {
-    tables: HashMap<(Part, usize), Arc<Abbreviations>>,
-    /// In the section.
-    bytes: usize,
-}
-
-impl KeptAbbreviations {
-    fn keep(&mut self, place: (Part, usize), table: Arc<Abbreviations>, bytes: usize) {
-        if self.bytes.saturating_add(bytes) > ABBREVIATIONS_KEPT_BYTES {
-            *self = Self::default();
-        }
-        self.bytes = self.bytes.saturating_add(bytes);
-        self.tables.insert(place, table);
-    }
-}
-
-/// How long a table is that can be read.
-fn table_bytes(dwarf: &Dwarf, offset: usize) -> Result<usize, DwarfError> {
-    let mut reader = *dwarf.debug_abbrev.reader();
-    reader.skip(offset)?;
-    let all = reader.len();
-    while reader.read_uleb128()? != 0 {
-        reader.read_uleb128()?;
-        reader.read_u8()?;
-        loop {
-            let (name, form) = (reader.read_uleb128()?, reader.read_uleb128()?);
-            if form == u64::from(gimli::DW_FORM_implicit_const.0) {
-                reader.read_sleb128()?;
-            }
-            if (name, form) == (0, 0) {
-                break;
-            }
-        }
-    }
-    Ok(all - reader.len())
-}
-
-fn abbreviations(dwarf: &Dwarf, offset: usize) -> Result<Arc<Abbreviations>, DwarfError> {
-    let section = dwarf.debug_abbrev.reader().slice();
-    // A table that does not end would be read to the end of the section for every unit.
-    let end = section.len().min(offset.saturating_add(ABBREVIATIONS_MAX_BYTES));
-    let section = section.get(..end).unwrap_or_default();
-    let section = gimli::DebugAbbrev::new(section, LittleEndian);
-    Ok(Arc::new(section.abbreviations(DebugAbbrevOffset(offset))?))
 }
 
 fn view<'a>(

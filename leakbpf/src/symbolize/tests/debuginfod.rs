@@ -2,13 +2,16 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::fixture::{
     DWZ_MAIN_SOURCE, DWZ_SHARED_BUILD_ID, DWZ_SHARED_SOURCE, Fixture, build_id_of, run,
 };
 use super::*;
-use crate::symbolize::debuginfod::{Client, Patience};
+use crate::symbolize::debuginfod::{Client, FetchError, Patience};
 
 const PATIENCE: Patience =
     Patience { file: Duration::from_secs(20), session: Duration::from_secs(60) };
@@ -210,6 +213,57 @@ fn a_server_that_hangs_is_not_waited_for_and_nothing_is_left_running() {
         assert!(began.elapsed() < Duration::from_secs(20), "still running: {pids}");
         std::thread::sleep(Duration::from_millis(10));
     }
+}
+
+#[test]
+fn an_interrupted_wait_ends_with_what_has_come_and_leaves_nothing_running() {
+    let fixture = Fixture::new();
+    let answer = fixture.real("/answer");
+    fs::write(&answer, "").expect("a file");
+    let (pids, answer) = (fixture.real("/pids"), answer.display().to_string());
+    let script = format!(
+        "case $2 in 00*) echo {answer}; exit;; esac\necho $$ >> {}; exec sleep 1000",
+        pids.display()
+    );
+    // Nothing but the interruption ends it.
+    let hour = Duration::from_secs(3600);
+    let mut client = client(&fixture, &script, Patience { file: hour, session: hour });
+    let interrupted = Arc::new(AtomicBool::new(false));
+    client.end_with(Arc::clone(&interrupted));
+    let seen = pids.clone();
+    let interrupter = std::thread::spawn(move || {
+        let lines = || fs::read_to_string(&seen).unwrap_or_default().lines().count();
+        // The first one was answered when so many others run.
+        while lines() < 4 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        interrupted.store(true, Ordering::Relaxed);
+    });
+    let ids: Vec<Vec<u8>> = (0..9).map(|number| vec![number; 20]).collect();
+    let answers = client.fetch(&ids);
+    interrupter.join().expect("it ends");
+    assert_eq!(answers[0].as_ref().expect("answered"), Path::new(&answer));
+    assert!(answers[1..].iter().all(|answer| matches!(answer, Err(FetchError::Interrupted))));
+    // One at most was started meanwhile.
+    let pids = fs::read_to_string(pids).expect("it ran");
+    while pids.lines().any(is_running) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(client.fetch(&[vec![99; 20]]).iter().all(|answer| answer.is_err()));
+    assert!(calls(&fixture).len() <= 5, "{:?}", calls(&fixture));
+}
+
+#[test]
+fn a_session_is_as_patient_as_the_program_was_told_to_be() {
+    let patience = |text: &str| Patience::of(|_| Some(OsString::from(text)));
+    let standard = Patience::default();
+    assert_eq!(Patience::of(|_| None), standard);
+    for text in ["", "soon", "0", "-3"] {
+        assert_eq!(patience(text), standard);
+    }
+    assert_eq!(patience("3").file, Duration::from_secs(4));
+    assert_eq!(patience("3").session, standard.session);
+    assert_eq!(patience("600").session, Duration::from_secs(601));
 }
 
 #[test]

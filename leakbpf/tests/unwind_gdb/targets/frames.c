@@ -80,6 +80,24 @@ OWN_FRAME static void in_handler(int flags) {
     sink++;
 }
 
+static void on_signal_allocates(int number) {
+    leaf(number & 1);
+    for (int i = 1; i <= 8; i++) {
+        // Not from the thread's cache alone.
+        char *volatile block = malloc(i * 1000);
+        block[0] = i;
+        free(block);
+    }
+    sink++;
+}
+
+OWN_FRAME static void in_allocating_handler(void) {
+    struct sigaction action = {.sa_handler = on_signal_allocates};
+    sigaction(SIGUSR1, &action, NULL);
+    raise(SIGUSR1);
+    sink++;
+}
+
 static void *forbidden;
 
 static void on_fault(int number) {
@@ -139,6 +157,8 @@ int main(void) {
         return 1;
     }
     for (;;) {
+        // The twelve of FRAME_KINDS in main.rs.
+        in_allocating_handler();
         leaf(40);
         with_alloca(100);
         with_alloca(70000);
