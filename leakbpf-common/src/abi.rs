@@ -357,7 +357,7 @@ pub enum RecordKind {
     Libraries = 5,
     Seen = 6,
     Unmapped = 7,
-    FirstThreadEnded = 8,
+    CarrierEnded = 8,
     Page = 9,
 }
 

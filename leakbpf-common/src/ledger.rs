@@ -263,9 +263,9 @@ pub fn enter(thread: &mut ThreadState, books: &mut impl Books, call: &Call) {
             None => unknown_free(books),
         }
     }
-    let interval = books.sample_interval();
-    let chosen = interval == 0
-        || sampling::choose(&mut thread.until_sample, size_bytes, interval, || books.random());
+    // Of what is resized in place, the size is known at its end.
+    let chosen = call.cookie.role == Role::ResizeInPlace
+        || is_chosen(&mut thread.until_sample, books, size_bytes);
     thread.depth += 1;
     let slot = thread.innermost();
     let entry = &mut thread.calls[slot];
@@ -281,6 +281,13 @@ pub fn enter(thread: &mut ThreadState, books: &mut impl Books, call: &Call) {
     entry.old = old;
     entry.aside = aside;
     entry.chosen = u32::from(chosen);
+}
+
+/// Whether a block is recorded.
+#[inline(always)]
+fn is_chosen(until_sample: &mut u64, books: &mut impl Books, size_bytes: u64) -> bool {
+    let interval = books.sample_interval();
+    interval == 0 || sampling::choose(until_sample, size_bytes, interval, || books.random())
 }
 
 /// A block is released that is not in the books: it is older than the session, or was not chosen.
@@ -317,19 +324,15 @@ pub fn leave_unseen(thread: &mut ThreadState, stack_pointer: u64) -> bool {
     unseen
 }
 
-/// A call of a process that is now `owner` returns `result`; `stack_pointer` is that of its entry. The block that it made, if any,
+/// A call returns `result`; `stack_pointer` is that of its entry. The block that it made, if any,
 /// goes to [`born`] once its stack is known.
 #[inline(always)]
 pub fn leave(
     thread: &mut ThreadState,
     books: &mut impl Books,
-    owner: Owner,
     stack_pointer: u64,
     result: u64,
 ) -> Option<Birth> {
-    if thread.owner != owner {
-        return None;
-    }
     let mut turn = 0;
     while turn < MAX_IN_FLIGHT && thread.depth != 0 {
         turn += 1;
@@ -337,7 +340,8 @@ pub fn leave(
         let call = &thread.calls[slot];
         if call.stack_pointer == stack_pointer {
             thread.depth -= 1;
-            return settle(books, thread.owner, &thread.calls[slot], result);
+            let ThreadState { owner, until_sample, calls, .. } = thread;
+            return settle(books, *owner, until_sample, &calls[slot], result);
         }
         // A call that is still running lies above; only what lies below was left behind.
         if call.stack_pointer > stack_pointer || stack_pointer - call.stack_pointer >= UNWOUND_BYTES
@@ -350,7 +354,13 @@ pub fn leave(
 }
 
 #[inline(always)]
-fn settle(books: &mut impl Books, owner: Owner, call: &InFlight, result: u64) -> Option<Birth> {
+fn settle(
+    books: &mut impl Books,
+    owner: Owner,
+    until_sample: &mut u64,
+    call: &InFlight,
+    result: u64,
+) -> Option<Birth> {
     if call.chosen | call.aside == 0 {
         return None;
     }
@@ -402,9 +412,9 @@ fn settle(books: &mut impl Books, owner: Owner, call: &InFlight, result: u64) ->
                 books.freed(owner, call.old.stack, call.old.size_bytes);
             }
             if books.sample_interval() != 0 {
-                // A block of another size stands for others: its choice was made anew.
+                // A block of another size stands for others, and is chosen anew.
                 let birth = Birth { owner, address: call.pointer, size_bytes };
-                return (call.chosen != 0).then_some(birth);
+                return is_chosen(until_sample, books, size_bytes).then_some(birth);
             }
             if call.aside != 0 {
                 books.allocated(owner, call.old.stack, size_bytes);

@@ -6,6 +6,8 @@ mod books;
 mod program;
 #[path = "ledger/rules.rs"]
 mod rules;
+#[path = "ledger/sampled.rs"]
+mod sampled;
 
 use proptest::prelude::*;
 

@@ -217,7 +217,7 @@ fn settle(ended: impl FnOnce() -> Option<Return>) -> Option<()> {
     }
     let process = processes::watched((pid_tgid >> 32) as u32)?;
     let mut books = KernelBooks::new();
-    let birth = ledger::leave(thread, &mut books, process.owner, stack_pointer, result)?;
+    let birth = ledger::leave(thread, &mut books, stack_pointer, result)?;
     let captured = stack::capture(process.owner, process.library_epoch, &registers);
     books.remember(&captured);
     // SAFETY: the helper has no preconditions.

@@ -34,6 +34,10 @@ pub static THREADS: HashMap<u64, ThreadState> =
 pub static PROCESSES: HashMap<u32, ProcessState> =
     HashMap::with_max_entries(1 << 16, BPF_F_NO_PREALLOC);
 
+/// Threads that a process's probes hang on, by thread id.
+#[map]
+pub static CARRIERS: HashMap<u32, u32> = HashMap::with_max_entries(1 << 16, BPF_F_NO_PREALLOC);
+
 #[map]
 pub static CONTROL: Array<Control> = Array::with_max_entries(1, 0);
 

@@ -13,7 +13,7 @@ use leakbpf_common::abi::{
 
 use crate::{
     books::KernelBooks,
-    maps::{self, PROCESSES, RECORDS, SPACES, THREADS, settings},
+    maps::{self, CARRIERS, PROCESSES, RECORDS, SPACES, THREADS, settings},
 };
 
 const CLONE_VM: u64 = 0x100;
@@ -242,10 +242,13 @@ fn ended() -> Option<()> {
         let state = unsafe { *PROCESSES.get(tgid)? };
         if state.flags & process_flags::BORROWS_MEMORY != 0 {
             let _ = PROCESSES.remove(tgid);
-        } else if settings::get(&settings::WATCH_ALL) == 0 {
-            // The probes of a process hang on its first thread.
-            send(&head(RecordKind::FirstThreadEnded, state.owner));
         }
+    }
+    // The agent names them; nobody else does it for the thread that has the id next.
+    if CARRIERS.remove(id as u32).is_ok() {
+        // SAFETY: as above.
+        let state = unsafe { *PROCESSES.get(tgid)? };
+        send(&head(RecordKind::CarrierEnded, state.owner));
     }
     Some(())
 }

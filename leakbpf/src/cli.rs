@@ -3,6 +3,7 @@
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use leakbpf::profile::Mode;
 use leakbpf_common::sampling;
 
 #[derive(Debug, Parser)]
@@ -61,7 +62,7 @@ pub struct RecordArgs {
     #[arg(long, value_name = "SIZE", value_parser = sample_interval, default_value = "512KiB")]
     pub sample_interval: u32,
     /// Of the mode `pages`: look at one page in so many
-    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=i64::from(Mode::MAX_ONE_IN)))]
     pub page_interval: u32,
     /// Stop after this time (30s, 5m, 1h)
     #[arg(short = 'd', long, value_name = "TIME", value_parser = time)]

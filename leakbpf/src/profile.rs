@@ -6,7 +6,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use estimate::{Interval, Spread, Weight};
+use estimate::{Estimate, Interval, Spread};
+
+use leakbpf_common::sampling;
 
 pub mod estimate;
 #[cfg(test)]
@@ -47,14 +49,20 @@ impl Mode {
 
     /// From [`Self::name`] and what [`Self::choice`] named.
     pub fn from_name(name: &str, choice: impl Fn(&str) -> Option<u32>) -> Option<Self> {
-        let positive = |key| choice(key).filter(|&number| number > 0);
+        let up_to = |most, key| choice(key).filter(|number| (1..=most).contains(number));
         match name {
             "exact" => Some(Self::Exact),
-            "pages" => Some(Self::Pages { one_in: positive(Self::ONE_IN)? }),
-            "sample" => Some(Self::Sample { interval_bytes: positive(Self::SAMPLE_INTERVAL)? }),
+            "pages" => Some(Self::Pages { one_in: up_to(Self::MAX_ONE_IN, Self::ONE_IN)? }),
+            "sample" => {
+                let most = sampling::MAX_INTERVAL_BYTES as u32;
+                Some(Self::Sample { interval_bytes: up_to(most, Self::SAMPLE_INTERVAL)? })
+            }
             _ => None,
         }
     }
+
+    /// Most pages of which one is looked at.
+    pub const MAX_ONE_IN: u32 = 1 << 20;
 
     /// What is counted.
     pub const fn noun(self) -> &'static str {
@@ -70,13 +78,13 @@ impl Mode {
     }
 
     /// What one thing of a kind that was seen adds to what is live.
-    pub fn weight(self, kind: SiteKind, size_bytes: u64) -> Weight {
+    pub fn estimate(self, kind: SiteKind, size_bytes: u64) -> Estimate {
         match (self, kind) {
-            (Self::Pages { one_in }, SiteKind::Resident) => Weight::times(size_bytes, one_in),
+            (Self::Pages { one_in }, SiteKind::Resident) => Estimate::times(size_bytes, one_in),
             (Self::Sample { interval_bytes }, SiteKind::Heap) => {
-                Weight::sampled(size_bytes, interval_bytes)
+                Estimate::sampled(size_bytes, interval_bytes)
             }
-            _ => Weight::times(size_bytes, 1),
+            _ => Estimate::times(size_bytes, 1),
         }
     }
 }
@@ -269,10 +277,10 @@ pub struct Counters {
 
 impl Counters {
     /// Adds something live.
-    pub fn hold(&mut self, weight: Weight) {
-        self.live_bytes = self.live_bytes.saturating_add(weight.bytes);
-        self.live_count = self.live_count.saturating_add(weight.count);
-        let carry = self.spread.add(&weight.spread);
+    pub fn hold(&mut self, estimate: Estimate) {
+        self.live_bytes = self.live_bytes.saturating_add(estimate.bytes);
+        self.live_count = self.live_count.saturating_add(estimate.count);
+        let carry = self.spread.add(&estimate.spread);
         self.live_count = self.live_count.saturating_add(carry);
     }
 
@@ -405,13 +413,17 @@ impl Profile {
         stacks
     }
 
-    /// Where the live memory of which `counters` tells really lies; `None` when it is known.
+    /// Where the live memory of a site really lies; `None` when it is known.
+    pub fn site_interval(&self, site: &Site) -> Option<Interval> {
+        let counted = matches!(self.mode, Mode::Sample { .. }) && site.kind != SiteKind::Heap;
+        if counted { None } else { self.interval(&site.counters) }
+    }
+
+    /// Where the live memory really lies of which `counters`, a sum over sites, tells.
     pub fn interval(&self, counters: &Counters) -> Option<Interval> {
         match self.mode {
             Mode::Exact => None,
             Mode::Pages { one_in } => Some(Interval::of_pages(counters, one_in)),
-            // Snapshots before the last one have no blocks in a recording.
-            Mode::Sample { .. } if !self.finished && counters.spread == Spread::default() => None,
             Mode::Sample { interval_bytes } => Some(Interval::of_samples(counters, interval_bytes)),
         }
     }
@@ -459,7 +471,7 @@ impl Site {
 
     /// Counts one more live block.
     pub fn count_live(&mut self, size_bytes: u64, age_ns: u64, mode: Mode) {
-        self.counters.hold(mode.weight(self.kind, size_bytes));
+        self.counters.hold(mode.estimate(self.kind, size_bytes));
         self.oldest_age_ns = Some(self.oldest_age_ns.map_or(age_ns, |age| age.max(age_ns)));
         self.youngest_age_ns = Some(self.youngest_age_ns.map_or(age_ns, |age| age.min(age_ns)));
     }

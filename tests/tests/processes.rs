@@ -8,7 +8,7 @@ use leakbpf_tests::{
 };
 
 /// The agent says so once the probes hang on another thread.
-const PROBES_MOVED: &str = "the probes were placed anew";
+const PROBES_MOVED: &str = "they were placed anew";
 
 #[test]
 fn a_forked_child_has_books_of_its_own() {
@@ -163,6 +163,23 @@ fn attaching_to_a_process_without_its_first_thread_works() {
     target.run("make 30 777");
     let books = target.books();
     let profile = session.stop();
+    assert_heap_equals(&profile, target.pid(), &books, attached_ns);
+}
+
+#[test]
+fn probes_go_on_when_the_thread_that_took_them_over_ends() {
+    let mut target = Target::start(&c_program("processes", Allocator::Glibc));
+    target.run("first_thread_ends");
+    let session = Leakbpf::record().pid(target.pid()).start();
+    let attached_ns = session.attached_ns();
+    target.run("make 20 555");
+    // A third thread goes on.
+    target.run("first_thread_ends");
+    session.wait_until_stderr_has(PROBES_MOVED);
+    target.run("make 30 777");
+    let books = target.books();
+    let mut profile = session.stop();
+    assert_eq!(profile.losses.insert("probes_moved".to_owned(), 0), Some(1));
     assert_heap_equals(&profile, target.pid(), &books, attached_ns);
 }
 

@@ -23,6 +23,9 @@ pub struct HostBooks {
     pub tallies: BTreeMap<Tally, u64>,
     /// Words of the program's memory; others cannot be read.
     pub memory: HashMap<u64, u64>,
+    /// Bytes from one recorded block to the next; 0 records all.
+    pub sample_interval: u64,
+    pub seed: u64,
 }
 
 impl HostBooks {
@@ -105,11 +108,17 @@ impl Books for HostBooks {
     }
 
     fn sample_interval(&self) -> u64 {
-        0
+        self.sample_interval
     }
 
     fn random(&mut self) -> u32 {
-        unreachable!("every block is recorded")
+        assert!(self.sample_interval > 0, "every block is recorded");
+        // SplitMix64 (Steele, Lea, Flood 2014).
+        self.seed = self.seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut word = self.seed;
+        word = (word ^ word >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        word = (word ^ word >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (word ^ word >> 31) as u32
     }
 
     fn read_word(&mut self, address: u64) -> Option<u64> {

@@ -164,7 +164,7 @@ impl World {
         let address = process.free_addresses.pop().expect("an address");
         process.unknown.push(address);
         let state = &mut process.threads[0].state;
-        let birth = ledger::leave(state, &mut self.books, process.owner, top((0, 0), 0), address);
+        let birth = ledger::leave(state, &mut self.books, top((0, 0), 0), address);
         assert_eq!(birth, None, "a return without its entry counts nothing");
     }
 
@@ -386,7 +386,7 @@ impl World {
         let process = &mut self.processes[at.0];
         let state = &mut process.threads[at.1].state;
         let stack = StackId(2 + stack_pointer % 5);
-        let birth = ledger::leave(state, &mut self.books, process.owner, stack_pointer, result);
+        let birth = ledger::leave(state, &mut self.books, stack_pointer, result);
         if let Some(birth) = birth {
             ledger::born(&mut self.books, &birth, stack, self.now_ns);
         }

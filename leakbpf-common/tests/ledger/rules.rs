@@ -29,7 +29,7 @@ fn jump_to(thread: &mut ThreadState, books: &mut HostBooks, role: Role, at: u64,
 }
 
 fn leave(thread: &mut ThreadState, books: &mut HostBooks, at: u64, result: u64) {
-    if let Some(birth) = ledger::leave(thread, books, OWNER, at, result) {
+    if let Some(birth) = ledger::leave(thread, books, at, result) {
         ledger::born(books, &birth, StackId(at), at);
     }
 }
@@ -139,16 +139,6 @@ fn a_return_drops_the_calls_that_lie_below_it_and_no_others() {
     assert_eq!(thread.depth, 1, "the call above it is still running");
     leave(&mut thread, &mut books, STACK, 0x1000);
     assert_eq!(addresses(&books), [0x1000]);
-}
-
-#[test]
-fn a_return_in_another_life_of_the_process_settles_nothing() {
-    let (mut thread, mut books) = start();
-    enter(&mut thread, &mut books, Role::Allocate, STACK, 0);
-    let after_exec = Owner::new(100, 2);
-    let birth = ledger::leave(&mut thread, &mut books, after_exec, STACK, 0x1000);
-    assert_eq!(birth, None);
-    assert!(books.blocks.is_empty());
 }
 
 #[test]

@@ -196,6 +196,8 @@ pub struct Kernel {
     pub threads: Table<u64, ThreadState>,
     pub processes: Arc<Table<u32, ProcessState>>,
     pub unwind: Arc<UnwindMaps>,
+    /// Threads that a process's probes hang on.
+    pub carriers: Table<u32, u32>,
     control: Table<u32, Control>,
     counts: PerCpuArray<MapData, u64>,
     tracepoints: Vec<Link>,
@@ -263,6 +265,7 @@ impl Kernel {
         let sites = table(&mut ebpf, "SITES")?;
         let threads = table(&mut ebpf, "THREADS")?;
         let processes = Arc::new(table(&mut ebpf, "PROCESSES")?);
+        let carriers = table(&mut ebpf, "CARRIERS")?;
         let control = table(&mut ebpf, "CONTROL")?;
         let tables = map_data(take_map(&mut ebpf, "TABLES")?, "TABLES")?;
         let spaces = map_data(take_map(&mut ebpf, "SPACES")?, "SPACES")?;
@@ -276,6 +279,7 @@ impl Kernel {
             threads,
             processes,
             unwind,
+            carriers,
             control,
             counts,
             tracepoints: Vec::new(),

@@ -31,8 +31,8 @@ pub enum Record {
     Seen(LibrariesRecord),
     /// A process has code that the kernel side does not know.
     Unmapped(UnmappedRecord),
-    /// The others of its process may go on.
-    FirstThreadEnded(RecordHead),
+    /// The thread that a process's probes hung on; others may go on.
+    CarrierEnded(RecordHead),
     /// A chosen page was touched.
     Page(PageRecord),
 }
@@ -75,7 +75,7 @@ impl Record {
         const LIBRARIES: u32 = RecordKind::Libraries as u32;
         const SEEN: u32 = RecordKind::Seen as u32;
         const UNMAPPED: u32 = RecordKind::Unmapped as u32;
-        const FIRST_THREAD_ENDED: u32 = RecordKind::FirstThreadEnded as u32;
+        const CARRIER_ENDED: u32 = RecordKind::CarrierEnded as u32;
         const PAGE: u32 = RecordKind::Page as u32;
         Some(match head.kind {
             STACK => {
@@ -127,7 +127,7 @@ impl Record {
                 pad: words.u32()?,
                 address: words.u64()?,
             }),
-            FIRST_THREAD_ENDED => Self::FirstThreadEnded(head),
+            CARRIER_ENDED => Self::CarrierEnded(head),
             PAGE => {
                 Self::Page(PageRecord { head, address: words.u64()?, stack: StackId(words.u64()?) })
             }

@@ -59,6 +59,11 @@ impl Stat {
         self.first_thread_ended() && self.threads <= 1
     }
 
+    /// Whether the thread itself has not ended, whatever the others of its process do.
+    pub fn lives(&self) -> bool {
+        !self.first_thread_ended()
+    }
+
     fn first_thread_ended(&self) -> bool {
         matches!(self.state, 'Z' | 'X' | 'x')
     }

@@ -7,71 +7,70 @@ use leakbpf_common::{
 
 use super::Counters;
 
-/// What one thing that was seen stands for.
+/// What one thing that was seen adds to what is live.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Weight {
+pub struct Estimate {
     pub bytes: u64,
-    /// Without its fraction, which is in the spread.
     pub count: u64,
     pub spread: Spread,
 }
 
-impl Weight {
-    /// For so many of its size.
-    pub const fn times(size_bytes: u64, factor: u32) -> Self {
-        let factor = factor as u64;
-        Self { bytes: size_bytes.saturating_mul(factor), count: factor, spread: Spread::NONE }
+impl Estimate {
+    /// It stands for so many of its size.
+    pub fn times(size_bytes: u64, factor: u32) -> Self {
+        let count = u64::from(factor);
+        let bytes = size_bytes.saturating_mul(count);
+        Self { bytes, count, spread: Spread::default() }
     }
 
-    /// For the blocks that were not chosen: see [`sampling`].
+    /// It stands for the blocks that were not chosen, too: see [`sampling`].
     pub fn sampled(size_bytes: u64, interval_bytes: u32) -> Self {
-        if sampling::is_certain(size_bytes, interval_bytes.into()) {
+        let interval = u64::from(interval_bytes.max(1));
+        if sampling::is_certain(size_bytes, interval) {
             return Self::times(size_bytes, 1);
         }
-        let weight = sampling::weight(size_bytes, interval_bytes.into());
-        // The variance of its estimate, as estimated from itself: (1 - p) / p².
-        let size = size_bytes as f64 / f64::from(interval_bytes.max(1));
-        let x = sampling::counted_bytes(size_bytes, interval_bytes.into()) as f64
-            / f64::from(interval_bytes.max(1));
-        let missed = (-x).exp();
-        let p = -(-x).exp_m1();
-        let variance = missed / (p * p);
+        let weight = sampling::weight(size_bytes, interval);
+        let p =
+            -(-(sampling::counted_bytes(size_bytes, interval) as f64) / interval as f64).exp_m1();
+        // As estimated from itself.
+        let variance = (1.0 - p) / (p * p);
+        let size = size_bytes as f64;
         Self {
             bytes: weight.bytes,
             count: weight.count >> COUNT_SHIFT,
             spread: Spread {
-                bytes: (variance * size * size * Spread::BYTES_UNIT).round() as u64,
-                count: (variance * Spread::COUNT_UNIT).round() as u64,
-                fraction: weight.count & Spread::FRACTION_MASK,
+                bytes: weight.bytes,
+                count: weight.count,
+                bytes_variance: variance * size * size,
+                count_variance: variance,
             },
         }
     }
 }
 
-/// How far sampled blocks can be off what they stand for; sums of variances.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+/// The part of what is live that sampled blocks stand for, and how far it can be off.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Spread {
-    /// In the square of the interval, by [`Spread::BYTES_UNIT`].
-    bytes: u64,
-    /// By [`Spread::COUNT_UNIT`].
-    count: u64,
-    /// Of the count, in units of 2^-[`COUNT_SHIFT`]: always less than one.
-    fraction: u64,
+    pub bytes: u64,
+    /// In units of 2^-[`COUNT_SHIFT`].
+    pub count: u64,
+    /// Sums of the blocks' variances: of bytes, in their square.
+    pub bytes_variance: f64,
+    pub count_variance: f64,
 }
 
-impl Spread {
-    pub const NONE: Self = Self { bytes: 0, count: 0, fraction: 0 };
-    const BYTES_UNIT: f64 = (1 << 20) as f64;
-    const COUNT_UNIT: f64 = (1 << 8) as f64;
-    const FRACTION_MASK: u64 = (1 << COUNT_SHIFT) - 1;
+/// The variances are sums of numbers.
+impl Eq for Spread {}
 
-    /// Returns what is carried over to the count.
+impl Spread {
+    /// Returns what the fractions of the counts have in common that is whole.
     pub fn add(&mut self, other: &Self) -> u64 {
+        let before = (self.count >> COUNT_SHIFT) + (other.count >> COUNT_SHIFT);
         self.bytes = self.bytes.saturating_add(other.bytes);
         self.count = self.count.saturating_add(other.count);
-        let fraction = self.fraction + other.fraction;
-        self.fraction = fraction & Self::FRACTION_MASK;
-        fraction >> COUNT_SHIFT
+        self.bytes_variance += other.bytes_variance;
+        self.count_variance += other.count_variance;
+        (self.count >> COUNT_SHIFT).saturating_sub(before)
     }
 }
 
@@ -123,21 +122,25 @@ impl Interval {
     /// size as would give the same deviation, the ends are those of a Poisson distribution for which
     /// what was seen is just [`DEVIATIONS`] away from what is to be expected (the score interval).
     pub fn of_samples(counters: &Counters, interval_bytes: u32) -> Self {
-        let interval = f64::from(interval_bytes);
-        let Spread { bytes, count, .. } = counters.spread;
-        let bytes_variance = bytes as f64 / Spread::BYTES_UNIT * interval * interval;
-        let count_variance = count as f64 / Spread::COUNT_UNIT;
-        let whole = |(low, high): (f64, f64)| (low.floor() as u64, high.ceil() as u64);
+        let spread = &counters.spread;
         // No block was chosen: of all blocks one in 512 is, and of their bytes one in an interval.
         let none = DEVIATIONS * DEVIATIONS;
         let rarest = sampling::weight(0, interval_bytes.into()).count >> COUNT_SHIFT;
+        let bytes = score_ends(
+            spread.bytes as f64,
+            spread.bytes_variance,
+            none * f64::from(interval_bytes),
+        );
+        let count_estimated = spread.count as f64 / f64::from(1 << COUNT_SHIFT);
+        let count = score_ends(count_estimated, spread.count_variance, none * rarest as f64);
+        // The rest is certain.
+        let with = |(low, high): (f64, f64), certain: u64| {
+            let low = certain.saturating_add(low.floor() as u64);
+            (low, certain.saturating_add(high.ceil() as u64))
+        };
         Self {
-            bytes: whole(score_ends(counters.live_bytes as f64, bytes_variance, none * interval)),
-            count: whole(score_ends(
-                counters.live_count as f64,
-                count_variance,
-                none * rarest as f64,
-            )),
+            bytes: with(bytes, counters.live_bytes.saturating_sub(spread.bytes)),
+            count: with(count, counters.live_count.saturating_sub(spread.count >> COUNT_SHIFT)),
         }
     }
 }
@@ -239,12 +242,17 @@ mod tests {
     }
 
     /// Counts of 1,000 seeded runs in which the interval held the truth: bytes and count.
-    fn covered_by_samples(interval_bytes: u32, blocks: u32) -> (u32, u32) {
+    fn covered_by_samples(interval_bytes: u32, blocks: u32, certain: u64) -> (u32, u32) {
         let mode = Mode::Sample { interval_bytes };
         let mut held = (0, 0);
         for seed in 0..1000 {
             let mut random = Random(seed << 32);
             let (mut until, mut truth, mut seen) = (0, (0u64, 0u64), Counters::default());
+            for _ in 0..certain {
+                let size_bytes = u64::from(interval_bytes) * 16;
+                truth = (truth.0 + size_bytes, truth.1 + 1);
+                seen.hold(mode.estimate(SiteKind::Heap, size_bytes));
+            }
             for _ in 0..blocks {
                 let size_bytes = random.size_bytes();
                 let chosen =
@@ -254,7 +262,7 @@ mod tests {
                 if random.next().is_multiple_of(3) {
                     truth = (truth.0 + size_bytes, truth.1 + 1);
                     if chosen {
-                        seen.hold(mode.weight(SiteKind::Heap, size_bytes));
+                        seen.hold(mode.estimate(SiteKind::Heap, size_bytes));
                     }
                 }
             }
@@ -269,11 +277,43 @@ mod tests {
     #[test]
     fn an_interval_of_samples_holds_the_truth_as_often_as_it_says() {
         // 512 KiB is the default; with the shorter ones, small blocks are seen, too.
-        for (interval_bytes, blocks) in [(512 << 10, 60_000), (64 << 10, 60_000), (4096, 30_000)] {
-            let (bytes, count) = covered_by_samples(interval_bytes, blocks);
+        for (interval_bytes, blocks, certain) in [
+            (512 << 10, 60_000, 0),
+            (64 << 10, 60_000, 0),
+            (4096, 30_000, 0),
+            // Blocks that are always chosen must not hide what is not known of the others.
+            (64 << 10, 60_000, 10_000),
+        ] {
+            let (bytes, count) = covered_by_samples(interval_bytes, blocks, certain);
             let what = format!("every {interval_bytes}, {blocks} blocks: {bytes} and {count}");
             assert!((930..=970).contains(&bytes) && (930..=970).contains(&count), "{what}");
         }
+    }
+
+    #[test]
+    fn a_rough_estimate_is_never_said_to_be_certain() {
+        // Small blocks at the longest interval.
+        let counters = |size_bytes| {
+            let mut counters = Counters::default();
+            (0..40).for_each(|_| counters.hold(Estimate::sampled(size_bytes, 64 << 20)));
+            counters
+        };
+        for size_bytes in [1, 16, 100, 5000] {
+            let seen = counters(size_bytes);
+            let interval = Interval::of_samples(&seen, 64 << 20);
+            let width = (interval.bytes.1 - interval.bytes.0) as f64 / seen.live_bytes as f64;
+            // Of 40 chosen blocks.
+            assert!((0.5..0.8).contains(&width), "{size_bytes}: {interval:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_certain_stays_certain_beside_what_is_not() {
+        let mut counters = Counters::default();
+        counters.hold(Estimate::times(1 << 30, 1));
+        let interval = Interval::of_samples(&counters, 1000);
+        assert_eq!(interval.bytes, (1 << 30, (1 << 30) + 3842));
+        assert_eq!(interval.count, (1, 1 + 1921));
     }
 
     #[test]
@@ -287,7 +327,7 @@ mod tests {
         let mut counters = Counters::default();
         // Blocks of one interval stand for 1.579 each.
         for _ in 0..1000 {
-            counters.hold(Weight::sampled(4096, 4096));
+            counters.hold(Estimate::sampled(4096, 4096));
         }
         assert_eq!((counters.live_count, counters.live_bytes), (1579, 6_472_000));
     }

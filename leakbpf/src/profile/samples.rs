@@ -45,7 +45,7 @@ fn counters(live: (u64, u64), freed: (u64, u64)) -> Counters {
         allocated_count: live.1 + freed.1,
         freed_bytes: freed.0,
         freed_count: freed.1,
-        spread: Spread::NONE,
+        spread: Spread::default(),
     }
 }
 

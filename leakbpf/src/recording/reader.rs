@@ -12,6 +12,7 @@ use rusqlite::{Connection, OpenFlags};
 use super::error::ReadError;
 use super::row::{Fault, RowReader};
 use super::schema;
+use crate::profile::estimate::Spread;
 use crate::profile::{
     Block, BlockFilter, Counters, Event, Frame, Mode, Module, ModuleId, Process, ProcessId,
     Profile, Site, SiteId, SiteKind, StackOutcome, Symbol,
@@ -77,10 +78,7 @@ impl Reader {
     pub fn profile(&self, options: LoadOptions) -> Result<Profile, ReadError> {
         let facts = self.facts()?;
         let snapshot = self.last_snapshot()?;
-        // How far samples can be off is not stored: it follows from the blocks.
-        let samples = matches!(facts.mode, Mode::Sample { .. }) && snapshot.is_final;
-        let counts_anew = !options.filter.keeps_all() || samples;
-        let wants_blocks = options.with_blocks || counts_anew;
+        let wants_blocks = options.with_blocks || !options.filter.keeps_all();
         if wants_blocks && !snapshot.is_final {
             return Err(ReadError::NoBlocks { path: self.path.clone() });
         }
@@ -91,7 +89,7 @@ impl Reader {
         let mut blocks = Vec::new();
         if wants_blocks {
             let filter = options.filter;
-            if counts_anew {
+            if !filter.keeps_all() {
                 sites.iter_mut().for_each(Site::clear_live);
             }
             self.blocks(&snapshot, &ids, |id, mut block| {
@@ -99,7 +97,7 @@ impl Reader {
                 if !filter.keeps(block.size_bytes, block.age_ns) {
                     return Some(());
                 }
-                if counts_anew {
+                if !filter.keeps_all() {
                     site.count_live(block.size_bytes, block.age_ns, facts.mode);
                 }
                 if options.with_blocks {
@@ -367,7 +365,12 @@ impl Reader {
                     allocated_count: row.count(5)?,
                     freed_bytes: row.count(6)?,
                     freed_count: row.count(7)?,
-                    ..Counters::default()
+                    spread: Spread {
+                        bytes: row.optional(10, RowReader::count)?.unwrap_or_default(),
+                        count: row.optional(11, RowReader::count)?.unwrap_or_default(),
+                        bytes_variance: row.optional(12, RowReader::measure)?.unwrap_or_default(),
+                        count_variance: row.optional(13, RowReader::measure)?.unwrap_or_default(),
+                    },
                 };
                 let age = |born| snapshot.age_ns(born);
                 site.oldest_age_ns = row.optional(8, RowReader::integer)?.map(age);
@@ -505,14 +508,30 @@ fn inspect(path: &Path) -> Result<(), ReadError> {
             return Err(ReadError::NotARecording { path: path.to_owned() });
         }
     }
+    // SQLite itself misses the pages only when it needs them. While a session writes, the log has some.
+    let page_bytes = match head.get(16..18) {
+        Some(&[0, 1]) => 65_536,
+        Some(&[high, low]) => u64::from(u16::from_be_bytes([high, low])),
+        _ => 0,
+    };
+    let whole_bytes = page_bytes * u64::from(word(28).unwrap_or_default());
+    if metadata.len() < whole_bytes && !log_path(path).exists() {
+        let detail = format!("it is cut off: {} of {whole_bytes} bytes", metadata.len());
+        return Err(ReadError::damaged(path, detail));
+    }
     Ok(())
 }
 
 /// Of the recording and its write-ahead log.
-fn size_bytes(path: &Path) -> u64 {
+/// Where SQLite writes ahead.
+fn log_path(path: &Path) -> PathBuf {
     let mut log = path.as_os_str().to_owned();
     log.push("-wal");
-    [path.to_owned(), PathBuf::from(log)]
+    PathBuf::from(log)
+}
+
+fn size_bytes(path: &Path) -> u64 {
+    [path.to_owned(), log_path(path)]
         .iter()
         .filter_map(|path| fs::metadata(path).ok())
         .fold(0, |sum: u64, metadata| sum.saturating_add(metadata.len()))

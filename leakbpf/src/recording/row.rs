@@ -51,6 +51,12 @@ impl<'a> RowReader<'a> {
         u64::try_from(value).map_err(|_| self.wrong("a negative number"))
     }
 
+    /// A number that is never negative, and need not be whole.
+    pub fn measure(&mut self, column: usize) -> Result<f64, Fault> {
+        let value: f64 = self.row.get(column)?;
+        if value.is_finite() && value >= 0.0 { Ok(value) } else { Err(self.wrong("no measure")) }
+    }
+
     /// A 64-bit pattern.
     pub fn pattern(&mut self, column: usize) -> Result<u64, Fault> {
         Ok(self.integer(column)?.cast_unsigned())

@@ -8,7 +8,7 @@ pub const SQL: &str = include_str!("schema.sql");
 pub const APPLICATION_ID: u32 = 0x4c45_414b;
 
 /// Raised with every change of [`SQL`].
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// The statements that created the tables, by table name, as SQLite keeps them.
 pub fn definitions(database: &Connection) -> rusqlite::Result<Vec<(String, String)>> {

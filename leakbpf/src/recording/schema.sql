@@ -1,5 +1,6 @@
 CREATE TABLE meta (
-  -- One fact of the session a row: mode, started_unix_ns, kernel, hostname, leakbpf (version).
+  -- One fact of the session a row: mode, started_unix_ns, kernel, hostname, leakbpf (version),
+  -- one_in (mode pages), sample_interval_bytes (mode sample).
   key TEXT PRIMARY KEY NOT NULL,
   value TEXT NOT NULL
 ) WITHOUT ROWID;
@@ -58,7 +59,7 @@ CREATE TABLE site (
   id INTEGER PRIMARY KEY,
   process_id INTEGER NOT NULL REFERENCES process (id),
   stack_id INTEGER NOT NULL REFERENCES stack (id),
-  kind TEXT NOT NULL -- heap, mapping, thread_stack, allocator_mapping
+  kind TEXT NOT NULL -- heap, mapping, thread_stack, allocator_mapping, resident
 );
 CREATE TABLE snapshot (
   id INTEGER PRIMARY KEY,
@@ -78,6 +79,11 @@ CREATE TABLE site_counters (
   freed_count INTEGER,
   oldest_born_ns INTEGER, -- of the live blocks; NULL when none is live
   youngest_born_ns INTEGER,
+  -- Of what is live, the part that is estimated from samples; NULL when there is none.
+  estimated_bytes INTEGER,
+  estimated_count INTEGER, -- in units of 2^-16
+  bytes_variance REAL,
+  count_variance REAL,
   PRIMARY KEY (site_id, snapshot_id)
 ) WITHOUT ROWID;
 CREATE TABLE loss (

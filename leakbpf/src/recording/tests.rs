@@ -195,7 +195,7 @@ fn a_recording_of_another_version_names_both_versions() {
     Connection::open(&path).unwrap().pragma_update(None, "user_version", 9).unwrap();
     let error = loaded(&path).unwrap_err();
     assert!(matches!(error, ReadError::OtherVersion { found: 9, .. }));
-    assert!(error.to_string().contains("format 9, and this leakbpf reads format 1"), "{error}");
+    assert!(error.to_string().contains("format 9, and this leakbpf reads format 2"), "{error}");
 }
 
 #[test]

@@ -11,6 +11,7 @@ use rusqlite::{Connection, OpenFlags, Transaction, params};
 use super::error::WriteError;
 use super::interner::Interner;
 use super::schema;
+use crate::profile::estimate::Spread;
 use crate::profile::{
     Block, Counters, Frame, Mode, Module, Process, Profile, Site, SiteKind, StackOutcome, Symbol,
 };
@@ -495,8 +496,9 @@ impl Written {
                 None => *slot = Some(state),
             }
         }
-        let mut insert = transaction
-            .prepare_cached("INSERT INTO site_counters VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)")?;
+        let mut insert = transaction.prepare_cached(
+            "INSERT INTO site_counters VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        )?;
         for (row, (before, now)) in (1_i64..).zip(self.states.iter_mut().zip(now)) {
             // Ages are measured a moment before or after `duration_ns`, so births differ a little
             // where nothing happened; only the final ones are worth a row for that.
@@ -508,6 +510,7 @@ impl Written {
                 continue;
             }
             let counters = now.map(|now| now.counters);
+            let spread = counters.map(|it| it.spread).filter(|it| *it != Spread::default());
             let number = |field: fn(&Counters) -> u64| counters.as_ref().map(field).map(stored);
             insert.execute(params![
                 row,
@@ -520,6 +523,10 @@ impl Written {
                 number(|counters| counters.freed_count),
                 now.and_then(|now| now.oldest_born_ns),
                 now.and_then(|now| now.youngest_born_ns),
+                spread.map(|it| stored(it.bytes)),
+                spread.map(|it| stored(it.count)),
+                spread.map(|it| it.bytes_variance),
+                spread.map(|it| it.count_variance),
             ])?;
             *before = now;
         }

@@ -255,7 +255,7 @@ fn site_entry<'a>(profile: &'a Profile, site: &'a Site) -> SiteEntry<'a> {
         pid: profile.process(site.process).map(|process| process.pid),
         process: site.process.0,
         kind: site.kind.name(),
-        counters: Totals::of(&site.counters, profile.interval(&site.counters)),
+        counters: Totals::of(&site.counters, profile.site_interval(site)),
         oldest_age_ns: site.oldest_age_ns,
         youngest_age_ns: site.youngest_age_ns,
         stack_outcome: site.outcome.name(),

@@ -277,7 +277,7 @@ impl Table<'_> {
             units::count(counters.live_count, noun)
         );
         write!(out, "{}", self.style.bold(&head))?;
-        let interval = self.profile.interval(counters).filter(|it| it.bytes.0 != it.bytes.1);
+        let interval = self.profile.site_interval(site).filter(|it| it.bytes.0 != it.bytes.1);
         match interval {
             Some(interval) => write!(out, "{}", names::interval(interval))?,
             None => write!(out, "  {}", site.kind.name().replace('_', " "))?,

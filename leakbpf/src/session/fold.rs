@@ -15,7 +15,7 @@ use super::{
 use crate::{
     ledger::{pages::Pages, ranges::Mappings},
     probe::kernel::KernelError,
-    profile::{BlockFilter, Counters, Mode, Process, ProcessId, SiteKind, estimate::Weight},
+    profile::{BlockFilter, Counters, Mode, Process, ProcessId, SiteKind, estimate::Estimate},
 };
 
 /// Ended lives that are kept block by block.
@@ -34,8 +34,8 @@ pub struct Folded {
 
 impl Folded {
     /// Counts one outstanding block.
-    pub fn hold(&mut self, weight: Weight, born_ns: u64) {
-        self.counters.hold(weight);
+    pub fn hold(&mut self, estimate: Estimate, born_ns: u64) {
+        self.counters.hold(estimate);
         let (oldest, youngest) = self.born_ns.unwrap_or((born_ns, born_ns));
         self.born_ns = Some((oldest.min(born_ns), youngest.max(born_ns)));
     }
@@ -131,8 +131,8 @@ fn take_out(
     let mut held = Held::new();
     let mut hold = |owner, key: (StackId, SiteKind), size_bytes, born_ns: u64| {
         if filter.keeps(size_bytes, now_ns.saturating_sub(born_ns)) {
-            let weight = mode.weight(key.1, size_bytes);
-            held.entry(owner).or_default().entry(key).or_default().hold(weight, born_ns);
+            let estimate = mode.estimate(key.1, size_bytes);
+            held.entry(owner).or_default().entry(key).or_default().hold(estimate, born_ns);
         }
     };
     watch
@@ -172,7 +172,7 @@ fn take_out(
             if filter.keeps(range.length_bytes, now_ns.saturating_sub(range.born_ns)) {
                 let sites = held.entry(life.owner).or_default();
                 let site = sites.entry((range.stack, range.kind)).or_default();
-                site.hold(mode.weight(range.kind, range.length_bytes), range.born_ns);
+                site.hold(mode.estimate(range.kind, range.length_bytes), range.born_ns);
             }
         }
         for (stack, value) in life.pages.counters() {
@@ -184,8 +184,8 @@ fn take_out(
             if filter.keeps(page.length_bytes, now_ns.saturating_sub(page.born_ns)) {
                 let sites = held.entry(life.owner).or_default();
                 let site = sites.entry((page.stack, SiteKind::Resident)).or_default();
-                let weight = mode.weight(SiteKind::Resident, page.length_bytes);
-                site.hold(weight, page.born_ns);
+                let estimate = mode.estimate(SiteKind::Resident, page.length_bytes);
+                site.hold(estimate, page.born_ns);
             }
         }
     }
@@ -279,7 +279,7 @@ mod tests {
         for &(size_bytes, born_ns) in sizes {
             folded.counters.allocated_bytes += size_bytes;
             folded.counters.allocated_count += 1;
-            folded.hold(Weight::times(size_bytes, 1), born_ns);
+            folded.hold(Estimate::times(size_bytes, 1), born_ns);
         }
         folded
     }

@@ -555,7 +555,7 @@ impl Session<'_> {
         let mut live = 0u64;
         let mode = self.config.mode;
         for page in self.watch.lives.iter().flat_map(|life| life.pages.live()) {
-            live = live.saturating_add(mode.weight(SiteKind::Resident, page.length_bytes).bytes);
+            live = live.saturating_add(mode.estimate(SiteKind::Resident, page.length_bytes).bytes);
         }
         for entry in self.watch.kernel.sites.walk() {
             let (_, site) = entry.map_err(|source| KernelError::Map { map: "SITES", source })?;

@@ -170,6 +170,8 @@ pub struct Placed {
     files: HashSet<FileId>,
     sites: BTreeSet<(FileId, u64)>,
     pub functions: usize,
+    /// The thread that the kernel looks for the process's memory through; none for all processes.
+    pub carrier: Option<NonZeroU32>,
     /// Names of functions whose probe could not be placed, with the reason.
     pub failed: Vec<(String, String)>,
 }

@@ -32,7 +32,7 @@ use crate::{
         exit::{ExitWatch, ExitWatchError},
         maps::{Backing, Maps},
         pagemap::{Pagemap, PagemapError},
-        status::{Identity, Status, memory_owner},
+        status::{Identity, Stat, Status, memory_owner},
     },
     profile::{Counters, Event, Process, ProcessId, estimate::Interval},
 };
@@ -50,7 +50,7 @@ const MAX_DETACHING: usize = 32;
 /// By so much the sites may fall short of the kernel's account without a word.
 const MOST_UNCOUNTED_BYTES: u64 = 4 << 20;
 
-/// When the first thread of a process has ended, its others have so long to follow: most often the
+/// When the thread that a process's probes hang on has ended, its others have so long to follow: most often the
 /// process is about to end.
 const OTHERS_FOLLOW: Duration = Duration::from_millis(100);
 
@@ -90,7 +90,7 @@ pub struct Watch {
     pub unwinding: Arc<Unwinding>,
     /// Lives whose mappings were read again: see [`Watch::take_in_mappings`].
     changed: HashSet<Owner>,
-    /// Lives whose first thread has ended, and since when.
+    /// Lives whose probes hung on a thread that has ended, and since when.
     headless: Vec<(Owner, Instant)>,
     plans: Plans,
     /// By process id; system-wide probes are under 0.
@@ -251,6 +251,11 @@ impl Watch {
             false => (pid.0, NonZeroU32::new(memory_owner(pid).0)),
         };
         let placed = self.placed.entry(key).or_default();
+        if let Some(carrier) = scope.filter(|_| placed.carrier.is_none()) {
+            placed.carrier = scope;
+            // Without it, its end goes unnoticed.
+            let _ = self.kernel.carriers.set(&carrier.get(), pid.0);
+        }
         let probes_before = placed.len();
         let functions = placed.place(&mut self.kernel, pid, scope, maps, &looked_at)?;
         let probes = placed.len() - probes_before;
@@ -296,7 +301,7 @@ impl Watch {
                 self.seen(seen.head.owner);
             }
             Record::Unmapped(unmapped) => self.unmapped(&unmapped),
-            Record::FirstThreadEnded(head) => {
+            Record::CarrierEnded(head) => {
                 if self.probes_hang_on_threads() {
                     self.headless.push((head.owner, Instant::now()));
                 }
@@ -483,16 +488,24 @@ impl Watch {
     /// Places the probes of a process anew: the kernel looks for its memory through the thread that
     /// they were placed for (`uprobe_perf_filter` in kernel/trace/trace_uprobe.c), and that is gone.
     fn move_probes(&mut self, pid: Pid, maps: &Maps) {
+        self.probes_moved += 1;
         let former = self.placed.remove(&pid.0);
-        let _ = self.place(pid, maps);
+        let placed = match self.detacher.pending() > MAX_DETACHING {
+            true => Err("too many probes wait to be taken away".to_owned()),
+            false => self.place(pid, maps).map_err(|error| error.to_string()),
+        };
         if let Some(former) = former {
             self.detacher.detach(former.into_links());
         }
-        self.probes_moved += 1;
-        let text = "its first thread ended: the probes were placed anew, what it did meanwhile is \
-                    not known";
-        eprintln!("leakbpf: PID {pid}: {text}");
-        self.note(Some(pid), text.to_owned());
+        const ENDED: &str = "the thread that the probes hung on ended: ";
+        let text = match placed {
+            Ok(_) => format!("{ENDED}they were placed anew, what it did meanwhile is not known"),
+            Err(reason) => format!("{ENDED}nothing is seen of it any more: {reason}"),
+        };
+        if self.probes_moved < LATE_CHILDREN_LISTED {
+            eprintln!("leakbpf: PID {pid}: {text}");
+        }
+        self.note(Some(pid), text);
     }
 
     fn probes_hang_on_threads(&self) -> bool {
@@ -504,7 +517,7 @@ impl Watch {
         self.headless.iter().map(|(_, since)| *since + OTHERS_FOLLOW).min()
     }
 
-    /// Looks after the processes whose first thread has ended.
+    /// Looks after the processes whose probes hung on a thread that has ended.
     pub fn attend_headless(&mut self) {
         let now = Instant::now();
         let (due, waiting) = std::mem::take(&mut self.headless)
@@ -516,8 +529,14 @@ impl Watch {
                 continue;
             };
             let pid = self.lives[id.0].pid();
+            let carrier = self.placed.get(&pid.0).and_then(|placed| placed.carrier);
+            if carrier
+                .is_some_and(|carrier| Stat::of(Pid(carrier.get())).is_ok_and(|it| it.lives()))
+            {
+                continue;
+            }
             let maps = maps_of(&self.kernel, owner);
-            if memory_owner(pid) != pid && !maps.is_empty() {
+            if !maps.is_empty() {
                 self.move_probes(pid, &maps);
             }
         }

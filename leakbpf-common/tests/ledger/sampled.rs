@@ -1,0 +1,170 @@
+//! The rules where only some blocks are recorded.
+
+use std::collections::BTreeMap;
+
+use leakbpf_common::{
+    abi::{BlockKey, Owner, Role, SizeRule, StackId},
+    ledger::{self, Books as _, Call, ThreadState},
+    sampling::{self, COUNT_SHIFT},
+};
+
+use super::{books::HostBooks, program::cookie};
+
+const OWNER: Owner = Owner::new(100, 1);
+const STACK: u64 = 1 << 40;
+
+/// A program whose blocks are sampled, and what it really holds.
+struct Program {
+    thread: ThreadState,
+    books: HostBooks,
+    held: BTreeMap<u64, u64>,
+    next: u64,
+    /// Returns that left no trace.
+    unseen: u64,
+}
+
+impl Program {
+    fn new(sample_interval: u64, seed: u64) -> Self {
+        let books = HostBooks { sample_interval, seed, ..HostBooks::new(usize::MAX) };
+        Self {
+            thread: ThreadState::new(OWNER),
+            books,
+            held: BTreeMap::new(),
+            next: 0x1000,
+            unseen: 0,
+        }
+    }
+
+    fn call(&mut self, role: Role, rule: SizeRule, size: u64, second: u64, pointer: u64) -> Call {
+        Call {
+            cookie: cookie(role, rule, false),
+            stack_pointer: STACK,
+            size,
+            second_size: second,
+            pointer,
+        }
+    }
+
+    fn run(&mut self, call: &Call, result: u64) {
+        ledger::enter(&mut self.thread, &mut self.books, call);
+        // As the kernel side does it.
+        if ledger::leave_unseen(&mut self.thread, STACK) {
+            self.unseen += 1;
+        } else if let Some(birth) = ledger::leave(&mut self.thread, &mut self.books, STACK, result)
+        {
+            ledger::born(&mut self.books, &birth, StackId(7), 1);
+        }
+        assert_eq!(self.thread.depth, 0);
+    }
+
+    fn fresh(&mut self) -> u64 {
+        self.next += 16;
+        self.next
+    }
+
+    fn any(&mut self) -> Option<u64> {
+        let pick = u64::from(self.books.random()) % self.held.len().max(1) as u64;
+        self.held.keys().nth(pick as usize).copied()
+    }
+
+    fn step(&mut self) {
+        let size = match self.books.random() % 10 {
+            0..7 => u64::from(self.books.random() % 100),
+            7..9 => u64::from(self.books.random() % 5000),
+            _ => u64::from(self.books.random() % 100_000),
+        };
+        let fails = self.books.random().is_multiple_of(8);
+        let pointer = self.any();
+        match (self.books.random() % 12, pointer) {
+            (0, Some(pointer)) => {
+                let call = self.call(Role::Reallocate, SizeRule::First, size.max(1), 0, pointer);
+                let result = if fails { 0 } else { self.fresh() };
+                self.run(&call, result);
+                if !fails {
+                    self.held.remove(&pointer);
+                    self.held.insert(result, size.max(1));
+                }
+            }
+            (1, Some(pointer)) => {
+                // Half of what would be taken on top.
+                let call = self.call(Role::ResizeInPlace, SizeRule::Sum, size, 9000, pointer);
+                let result = if fails { size.saturating_sub(1) } else { size + 4500 };
+                self.run(&call, result);
+                if result >= size {
+                    self.held.insert(pointer, result);
+                }
+            }
+            (2..6, Some(pointer)) => {
+                let call = self.call(Role::Free, SizeRule::First, 0, 0, pointer);
+                ledger::free(Some(&mut self.thread), &mut self.books, OWNER, &call);
+                self.held.remove(&pointer);
+            }
+            _ => {
+                let call = self.call(Role::Allocate, SizeRule::First, size, 0, 0);
+                let result = if fails { 0 } else { self.fresh() };
+                self.run(&call, result);
+                if !fails {
+                    self.held.insert(result, size);
+                }
+            }
+        }
+    }
+
+    /// Bytes and blocks that the recorded ones stand for.
+    fn estimate(&self) -> (f64, f64) {
+        let weights = self
+            .books
+            .blocks
+            .values()
+            .map(|block| sampling::weight(block.size_bytes, self.books.sample_interval));
+        weights.fold((0.0, 0.0), |(bytes, count), weight| {
+            let blocks = weight.count as f64 / f64::from(1 << COUNT_SHIFT);
+            (bytes + weight.bytes as f64, count + blocks)
+        })
+    }
+}
+
+#[test]
+fn what_is_recorded_is_there_with_its_size() {
+    let mut program = Program::new(512, 1);
+    for _ in 0..20_000 {
+        program.step();
+    }
+    for (key, block) in &program.books.blocks {
+        assert_eq!(key.owner, OWNER);
+        assert_eq!(program.held.get(&key.address), Some(&block.size_bytes), "{key:?}");
+    }
+    let recorded = program.books.blocks.len();
+    assert!(recorded > 100 && recorded < program.held.len() / 2, "{recorded}");
+    assert!(program.unseen > 1000);
+    assert_eq!(program.books.losses, BTreeMap::new());
+}
+
+#[test]
+fn every_way_to_a_block_is_estimated_without_bias() {
+    const RUNS: u64 = 300;
+    let (mut bytes, mut count, mut true_bytes, mut true_count) = (0.0, 0.0, 0.0, 0.0);
+    for seed in 0..RUNS {
+        let mut program = Program::new(4096, seed << 40);
+        for _ in 0..600 {
+            program.step();
+        }
+        let (estimated_bytes, estimated_count) = program.estimate();
+        (bytes, count) = (bytes + estimated_bytes, count + estimated_count);
+        true_bytes += program.held.values().sum::<u64>() as f64;
+        true_count += program.held.len() as f64;
+    }
+    // The standard errors are 0.5 and 2.5 %.
+    assert!((bytes / true_bytes - 1.0).abs() < 0.02, "{}", bytes / true_bytes);
+    assert!((count / true_count - 1.0).abs() < 0.1, "{}", count / true_count);
+}
+
+#[test]
+fn a_release_of_a_block_that_was_not_chosen_is_nothing_to_speak_of() {
+    let mut program = Program::new(1 << 20, 3);
+    for _ in 0..1000 {
+        program.step();
+    }
+    assert!(program.books.tallies.is_empty(), "{:?}", program.books.tallies);
+    assert!(!program.books.blocks.contains_key(&BlockKey { owner: OWNER, address: 1 }));
+}
