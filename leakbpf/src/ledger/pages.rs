@@ -76,6 +76,9 @@ struct Touched {
     state: State,
     /// Of it, resident. 0 while it is swapped out, and while nothing is known yet.
     resident_pages: u16,
+    /// Of it, not given back yet, as far as is known. It never grows: what comes back into its place
+    /// was touched by somebody else.
+    left_pages: u16,
 }
 
 /// A page, or huge page, that is resident.
@@ -118,7 +121,8 @@ impl Pages {
     /// no second one else.
     pub fn touch(&mut self, address: u64, stack: StackId, born_ns: u64) {
         let page = address / PAGE_BYTES;
-        let touched = Touched { stack, born_ns, state: State::Fresh, resident_pages: 0 };
+        let touched =
+            Touched { stack, born_ns, state: State::Fresh, resident_pages: 0, left_pages: 1 };
         if let Some(before) = self.touched.insert(page, touched)
             && matches!(before.state, State::Fresh | State::Late)
         {
@@ -208,15 +212,15 @@ impl Pages {
                 State::Small => {
                     let found = at(runs, page);
                     match (found.is_anonymous(), found.swapped) {
-                        (true, _) => self.keep(page, 1),
-                        (false, true) => self.keep(page, 0),
+                        (true, _) => self.keep(page, 1, 0),
+                        (false, true) => self.keep(page, 0, 1),
                         (false, false) => self.drop_page(page),
                     }
                 }
                 State::Huge => {
-                    let (resident, swapped) = within(runs, huge_page(page));
+                    let (resident, swapped) = self.within_huge(page, runs);
                     if resident + swapped > 0 {
-                        self.keep(page, resident);
+                        self.keep(page, resident, swapped);
                     } else {
                         self.drop_page(page);
                     }
@@ -277,9 +281,26 @@ impl Pages {
         counters.allocated_count = counters.allocated_count.saturating_add(1);
     }
 
-    fn keep(&mut self, page: u64, resident_pages: u16) {
+    /// How many pages of a huge one are resident, and how many are swapped out, without those that
+    /// were touched again.
+    fn within_huge(&self, page: u64, runs: &[Run]) -> (u16, u16) {
+        let (mut resident, mut swapped) = within(runs, huge_page(page));
+        let again = self.touched.range(huge_page(page)).filter(|(other, _)| **other != page);
+        for (other, _) in again {
+            let found = at(runs, *other);
+            match (found.is_anonymous(), found.swapped) {
+                (true, _) => resident = resident.saturating_sub(1),
+                (false, true) => swapped = swapped.saturating_sub(1),
+                (false, false) => {}
+            }
+        }
+        (resident, swapped)
+    }
+
+    fn keep(&mut self, page: u64, resident_pages: u16, swapped_pages: u16) {
         if let Some(known) = self.touched.get_mut(&page) {
-            known.resident_pages = resident_pages;
+            known.left_pages = known.left_pages.min(resident_pages + swapped_pages);
+            known.resident_pages = known.left_pages.min(resident_pages);
         }
     }
 
@@ -287,6 +308,7 @@ impl Pages {
         if let Some(known) = self.touched.get_mut(&page) {
             known.state = state;
             known.resident_pages = resident_pages;
+            known.left_pages = if state == State::Huge { HUGE_PAGES as u16 } else { 1 };
         }
     }
 

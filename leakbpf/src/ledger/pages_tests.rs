@@ -147,6 +147,45 @@ fn a_huge_page_weighs_what_of_it_is_there() {
 }
 
 #[test]
+fn what_comes_back_into_a_huge_page_belongs_to_who_touched_it_then() {
+    let mut pages = Pages::default();
+    touch(&mut pages, 512 + 7, A, 1);
+    look(&mut pages, false, &[run(512..1024, HUGE)]);
+    look(&mut pages, true, &[run(512..600, ANONYMOUS)]);
+    touch(&mut pages, 700, B, 2);
+    // Touched, too, but not chosen.
+    look(&mut pages, true, &[run(512..600, ANONYMOUS), run(700..720, ANONYMOUS)]);
+    assert_eq!((resident(&pages, A), resident(&pages, B)), ((88 * 4096, 1), (4096, 1)));
+    look(&mut pages, true, &[run(700..720, ANONYMOUS)]);
+    look(&mut pages, true, &[run(512..1024, ANONYMOUS)]);
+    assert_eq!(resident(&pages, A).0, 19 * 4096, "it never grows");
+}
+
+#[test]
+fn what_was_given_back_and_touched_again_before_anybody_looked_counts_once() {
+    let mut pages = Pages::default();
+    touch(&mut pages, 512, A, 1);
+    look(&mut pages, false, &[run(512..1024, HUGE)]);
+    (600..1024).for_each(|page| touch(&mut pages, page, B, 2));
+    look(&mut pages, true, &[run(512..1024, ANONYMOUS)]);
+    assert_eq!(resident(&pages, A), (88 * 4096, 1));
+    assert_eq!(resident(&pages, B), (424 * 4096, 424));
+    look(&mut pages, true, &[run(600..1024, ANONYMOUS)]);
+    assert_eq!((resident(&pages, A), pages.len()), ((0, 0), 424));
+}
+
+#[test]
+fn what_of_a_huge_page_is_swapped_out_may_come_back() {
+    let mut pages = Pages::default();
+    touch(&mut pages, 512, A, 1);
+    look(&mut pages, false, &[run(512..1024, HUGE)]);
+    look(&mut pages, true, &[run(512..612, ANONYMOUS), run(612..712, SWAPPED)]);
+    assert_eq!(resident(&pages, A), (100 * 4096, 1));
+    look(&mut pages, true, &[run(512..1024, ANONYMOUS)]);
+    assert_eq!(resident(&pages, A), (200 * 4096, 1));
+}
+
+#[test]
 fn a_huge_page_ends_all_that_was_in_its_place() {
     let mut pages = Pages::default();
     touch(&mut pages, 512, A, 1);
