@@ -178,11 +178,12 @@ impl Pages {
         let mut count = 1;
         for &page in pages.get(1..)? {
             let extent = self.extent(page);
-            let end = extent.end.max(span.end);
-            if extent.start > span.end + GAP_PAGES || end - span.start > SPAN_PAGES {
+            // A huge page begins before the page of it that was touched.
+            let both = extent.start.min(span.start)..extent.end.max(span.end);
+            if extent.start > span.end + GAP_PAGES || both.end - both.start > SPAN_PAGES {
                 break;
             }
-            span.end = end;
+            span = both;
             count += 1;
         }
         Some((count, span))

@@ -175,6 +175,31 @@ fn what_was_given_back_and_touched_again_before_anybody_looked_counts_once() {
 }
 
 #[test]
+fn a_huge_page_is_seen_whole_behind_a_small_page_of_its_place() {
+    let mut pages = Pages::default();
+    touch(&mut pages, 4096 + 300, A, 1);
+    look(&mut pages, false, &[run(4096..4608, HUGE)]);
+    touch(&mut pages, 4096 + 200, B, 2);
+    look(&mut pages, true, &[run(4096..4608, ANONYMOUS)]);
+    assert_eq!((resident(&pages, A), resident(&pages, B)), ((511 * 4096, 1), (4096, 1)));
+}
+
+#[test]
+fn ranges_of_huge_pages_are_bounded() {
+    let mut pages = Pages::default();
+    let huge: Vec<u64> = (1..40).map(|index| 512 * index).collect();
+    huge.iter().for_each(|page| touch(&mut pages, page + 400, A, 1));
+    look(&mut pages, false, &[run(512..512 * 40, HUGE)]);
+    huge.iter().for_each(|page| touch(&mut pages, page + 300, B, 2));
+    let result: Result<(), ()> = pages.look(true, |range| {
+        assert!(range.end - range.start <= SPAN_PAGES, "{range:?}");
+        Ok(vec![run(range, ANONYMOUS)])
+    });
+    assert_eq!(result, Ok(()));
+    assert_eq!(resident(&pages, A), (39 * 511 * 4096, 39));
+}
+
+#[test]
 fn what_of_a_huge_page_is_swapped_out_may_come_back() {
     let mut pages = Pages::default();
     touch(&mut pages, 512, A, 1);
