@@ -137,12 +137,13 @@ impl Pages {
     }
 
     /// Looks at the pages touched since the last look, or at all. `scan` reads the page tables of a
-    /// range of pages: what it does not mention is not there. After an error of it, which is passed
-    /// on, the pages not looked at yet stay as they were.
+    /// range of pages: what it does not mention is not there. It is also told, sorted, those of which
+    /// it must say whether they are huge, or the page of zeros; of others that is not asked. After
+    /// an error of it, which is passed on, the pages not looked at yet stay as they were.
     pub fn look<E>(
         &mut self,
         all: bool,
-        mut scan: impl FnMut(Range<u64>) -> Result<Vec<Run>, E>,
+        mut scan: impl FnMut(Range<u64>, &[u64]) -> Result<Vec<Run>, E>,
     ) -> Result<(), E> {
         let mut fresh = std::mem::take(&mut self.fresh);
         let mut pages = match all {
@@ -158,8 +159,9 @@ impl Pages {
             let Some((count, span)) = self.next_span(pages.get(done..).unwrap_or_default()) else {
                 break Ok(());
             };
-            match scan(span) {
-                Ok(runs) => self.judge(pages.get(done..done + count).unwrap_or_default(), &runs),
+            let together = pages.get(done..done + count).unwrap_or_default();
+            match scan(span, &self.unsettled(together)) {
+                Ok(runs) => self.judge(together, &runs),
                 Err(error) => break Err(error),
             }
             done += count;
@@ -187,6 +189,12 @@ impl Pages {
             count += 1;
         }
         Some((count, span))
+    }
+
+    fn unsettled(&self, pages: &[u64]) -> Vec<u64> {
+        let state = |page: &u64| self.touched.get(page).map(|known| known.state);
+        let unsettled = |page: &u64| matches!(state(page), Some(State::Fresh | State::Late));
+        pages.iter().copied().filter(unsettled).collect()
     }
 
     /// The pages that one touch brought.

@@ -24,7 +24,7 @@ fn run(pages: Range<u64>, found: Found) -> Run {
 
 /// Looks at pages of which the page tables say this.
 fn look(pages: &mut Pages, all: bool, tables: &[Run]) {
-    let scan = |range: Range<u64>| {
+    let scan = |range: Range<u64>, _: &[u64]| {
         let inside = tables.iter().filter_map(|run| {
             let pages = run.pages.start.max(range.start)..run.pages.end.min(range.end);
             (pages.start < pages.end).then_some(Run { pages, found: run.found })
@@ -191,7 +191,7 @@ fn ranges_of_huge_pages_are_bounded() {
     huge.iter().for_each(|page| touch(&mut pages, page + 400, A, 1));
     look(&mut pages, false, &[run(512..512 * 40, HUGE)]);
     huge.iter().for_each(|page| touch(&mut pages, page + 300, B, 2));
-    let result: Result<(), ()> = pages.look(true, |range| {
+    let result: Result<(), ()> = pages.look(true, |range, _| {
         assert!(range.end - range.start <= SPAN_PAGES, "{range:?}");
         Ok(vec![run(range, ANONYMOUS)])
     });
@@ -250,7 +250,7 @@ fn a_failed_look_leaves_the_rest_for_the_next() {
     touch(&mut pages, 1, A, 1);
     touch(&mut pages, 10_000, A, 1);
     let mut calls = 0;
-    let result = pages.look(false, |range| {
+    let result = pages.look(false, |range, _| {
         calls += 1;
         if calls == 1 { Ok(vec![run(range, ANONYMOUS)]) } else { Err("gone") }
     });
@@ -282,7 +282,7 @@ fn ranges_are_bounded_and_cover_every_page() {
     touched.iter().for_each(|page| touch(&mut pages, *page, A, 1));
     let mut seen = BTreeSet::new();
     let mut calls = 0;
-    let result: Result<(), ()> = pages.look(false, |range| {
+    let result: Result<(), ()> = pages.look(false, |range, _| {
         calls += 1;
         assert!(range.end - range.start <= SPAN_PAGES, "{range:?}");
         seen.extend(range.clone());
@@ -292,6 +292,26 @@ fn ranges_are_bounded_and_cover_every_page() {
     assert!(touched.iter().all(|page| seen.contains(page)));
     assert_eq!(pages.live().count(), touched.len());
     assert!(calls < 60, "{calls} calls");
+}
+
+#[test]
+fn only_of_new_touches_is_asked_whether_they_are_huge() {
+    let mut pages = Pages::default();
+    let asked = |pages: &mut Pages, all| {
+        let mut asked = Vec::new();
+        let result: Result<(), ()> = pages.look(all, |range, unsettled| {
+            asked.extend_from_slice(unsettled);
+            // One is late.
+            Ok(vec![run(range.start..7, ANONYMOUS), run(8..range.end, ANONYMOUS)])
+        });
+        assert_eq!(result, Ok(()));
+        asked
+    };
+    [9, 5, 7].into_iter().for_each(|page| touch(&mut pages, page, A, 1));
+    assert_eq!(asked(&mut pages, false), [5, 7, 9]);
+    touch(&mut pages, 12, A, 2);
+    assert_eq!(asked(&mut pages, true), [7, 12]);
+    assert!(asked(&mut pages, true).is_empty());
 }
 
 /// A small address space, and what a program does in it.

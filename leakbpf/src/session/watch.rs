@@ -331,7 +331,7 @@ impl Watch {
                 life.end_pages();
                 continue;
             };
-            match life.pages.look(all, |pages| pagemap.scan(pages)) {
+            match life.pages.look(all, |pages, unsettled| pagemap.scan(pages, unsettled)) {
                 Ok(()) => {}
                 // Its end will be told. What it held is known as of the last look.
                 Err(PagemapError::Gone) => life.end_pages(),
