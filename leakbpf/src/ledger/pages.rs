@@ -117,19 +117,32 @@ impl Pages {
         self.touched.contains_key(&(address / PAGE_BYTES))
     }
 
-    /// Takes in a touch. A page that was touched before was given back since: the kernel asks for
-    /// no second one else.
+    /// Takes in a touch. A page that was touched before was given back since, or is there and has
+    /// another fault: the first write after `fork`, NUMA balancing, from swap. Either way it belongs
+    /// to the last touch, and the one before counts as released.
     pub fn touch(&mut self, address: u64, stack: StackId, born_ns: u64) {
         let page = address / PAGE_BYTES;
         let touched =
             Touched { stack, born_ns, state: State::Fresh, resident_pages: 0, left_pages: 1 };
-        if let Some(before) = self.touched.insert(page, touched)
-            && matches!(before.state, State::Fresh | State::Late)
-        {
+        match self.touched.insert(page, touched) {
             // It came and went before anybody looked.
-            self.count(before.stack, PAGE_BYTES);
+            Some(Touched { stack, state: State::Fresh | State::Late, .. }) => {
+                self.count(stack, PAGE_BYTES);
+            }
+            Some(before @ Touched { state: State::Huge, .. }) => self.keep_rest(page, before),
+            Some(Touched { state: State::Small, .. }) | None => {}
         }
         self.fresh.push(page);
+    }
+
+    /// Keeps a huge page under another page of it: its own was touched again, which says nothing of
+    /// the rest.
+    fn keep_rest(&mut self, page: u64, huge: Touched) {
+        let Range { start, end } = huge_page(page);
+        let mut others = (page + 1..end).chain(start..page);
+        if let Some(free) = others.find(|other| !self.touched.contains_key(other)) {
+            self.touched.insert(free, huge);
+        }
     }
 
     pub fn has_fresh(&self) -> bool {

@@ -200,6 +200,27 @@ fn ranges_of_huge_pages_are_bounded() {
 }
 
 #[test]
+fn the_first_page_of_a_huge_one_may_be_touched_again_without_the_rest() {
+    let mut pages = Pages::default();
+    touch(&mut pages, 512, A, 1);
+    look(&mut pages, false, &[run(512..1024, HUGE)]);
+    // As after a fork.
+    for page in [512, 513, 1023, 512] {
+        touch(&mut pages, page, B, 2);
+        look(&mut pages, false, &[run(512..1024, ANONYMOUS)]);
+    }
+    look(&mut pages, true, &[run(512..1024, ANONYMOUS)]);
+    assert_eq!((resident(&pages, A), resident(&pages, B)), ((509 * 4096, 1), (3 * 4096, 3)));
+    assert_eq!(counters(&pages, A).allocated_bytes, 2 << 20, "counted once");
+    touch(&mut pages, 512, B, 3);
+    look(&mut pages, true, &[run(512..1024, HUGE)]);
+    assert_eq!((resident(&pages, A), resident(&pages, B)), ((0, 0), (2 << 20, 1)));
+    (512..1024).for_each(|page| touch(&mut pages, page, A, 4));
+    look(&mut pages, true, &[run(512..1024, ANONYMOUS)]);
+    assert_eq!((resident(&pages, A), pages.len()), ((2 << 20, 512), 512));
+}
+
+#[test]
 fn what_of_a_huge_page_is_swapped_out_may_come_back() {
     let mut pages = Pages::default();
     touch(&mut pages, 512, A, 1);
