@@ -97,7 +97,7 @@ pub struct RecordArgs {
     #[arg(long)]
     pub shared_probes: bool,
     /// Most outstanding blocks to keep, at about 100 bytes of kernel memory each, or, in the mode
-    /// `pages`, pages, at about 60 bytes
+    /// `pages`, pages, at about 60 bytes of the agent, and 40 to 80 more while it counts them
     #[arg(long, value_name = "N", default_value_t = 1 << 21, value_parser = clap::value_parser!(u32).range(1..=1 << 28))]
     pub max_blocks: u32,
     /// How to walk stacks

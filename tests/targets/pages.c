@@ -99,6 +99,12 @@ static void moves(int count, char **arguments) {
     require(mremap(start, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, room) == room);
 }
 
+/* Without a fault, too. */
+static void populates(int count, char **arguments) {
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE;
+    require(mmap(NULL, mebibytes(count, arguments), PROT_READ | PROT_WRITE, flags, -1, 0) != MAP_FAILED);
+}
+
 /* A child that holds memory of its own until it is told to end. */
 static int child_input = -1;
 static pid_t child;
@@ -136,6 +142,7 @@ int main(void) {
         {"keeps_huge", keeps_huge}, {"has_filled", has_filled},
         {"only_reads", only_reads}, {"child_keeps", child_keeps},
         {"child_ends", child_ends}, {"moves", moves},
+        {"populates", populates},
         {NULL, NULL},
     };
     return converse(scenarios);

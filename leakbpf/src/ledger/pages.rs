@@ -76,6 +76,9 @@ struct Touched {
     state: State,
     /// Of it, resident. 0 while it is swapped out, and while nothing is known yet.
     resident_pages: u16,
+    /// Of it, not given back yet, as far as is known. It never grows: what comes back into its place
+    /// was touched by somebody else.
+    left_pages: u16,
 }
 
 /// A page, or huge page, that is resident.
@@ -114,18 +117,32 @@ impl Pages {
         self.touched.contains_key(&(address / PAGE_BYTES))
     }
 
-    /// Takes in a touch. A page that was touched before was given back since: the kernel asks for
-    /// no second one else.
+    /// Takes in a touch. A page that was touched before was given back since, or is there and has
+    /// another fault: the first write after `fork`, NUMA balancing, from swap. Either way it belongs
+    /// to the last touch, and the one before counts as released.
     pub fn touch(&mut self, address: u64, stack: StackId, born_ns: u64) {
         let page = address / PAGE_BYTES;
-        let touched = Touched { stack, born_ns, state: State::Fresh, resident_pages: 0 };
-        if let Some(before) = self.touched.insert(page, touched)
-            && matches!(before.state, State::Fresh | State::Late)
-        {
+        let touched =
+            Touched { stack, born_ns, state: State::Fresh, resident_pages: 0, left_pages: 1 };
+        match self.touched.insert(page, touched) {
             // It came and went before anybody looked.
-            self.count(before.stack, PAGE_BYTES);
+            Some(Touched { stack, state: State::Fresh | State::Late, .. }) => {
+                self.count(stack, PAGE_BYTES);
+            }
+            Some(before @ Touched { state: State::Huge, .. }) => self.keep_rest(page, before),
+            Some(Touched { state: State::Small, .. }) | None => {}
         }
         self.fresh.push(page);
+    }
+
+    /// Keeps a huge page under another page of it: its own was touched again, which says nothing of
+    /// the rest.
+    fn keep_rest(&mut self, page: u64, huge: Touched) {
+        let Range { start, end } = huge_page(page);
+        let mut others = (page + 1..end).chain(start..page);
+        if let Some(free) = others.find(|other| !self.touched.contains_key(other)) {
+            self.touched.insert(free, huge);
+        }
     }
 
     pub fn has_fresh(&self) -> bool {
@@ -133,12 +150,13 @@ impl Pages {
     }
 
     /// Looks at the pages touched since the last look, or at all. `scan` reads the page tables of a
-    /// range of pages: what it does not mention is not there. After an error of it, which is passed
-    /// on, the pages not looked at yet stay as they were.
+    /// range of pages: what it does not mention is not there. It is also told, sorted, those of which
+    /// it must say whether they are huge, or the page of zeros; of others that is not asked. After
+    /// an error of it, which is passed on, the pages not looked at yet stay as they were.
     pub fn look<E>(
         &mut self,
         all: bool,
-        mut scan: impl FnMut(Range<u64>) -> Result<Vec<Run>, E>,
+        mut scan: impl FnMut(Range<u64>, &[u64]) -> Result<Vec<Run>, E>,
     ) -> Result<(), E> {
         let mut fresh = std::mem::take(&mut self.fresh);
         let mut pages = match all {
@@ -154,8 +172,9 @@ impl Pages {
             let Some((count, span)) = self.next_span(pages.get(done..).unwrap_or_default()) else {
                 break Ok(());
             };
-            match scan(span) {
-                Ok(runs) => self.judge(pages.get(done..done + count).unwrap_or_default(), &runs),
+            let together = pages.get(done..done + count).unwrap_or_default();
+            match scan(span, &self.unsettled(together)) {
+                Ok(runs) => self.judge(together, &runs),
                 Err(error) => break Err(error),
             }
             done += count;
@@ -174,14 +193,21 @@ impl Pages {
         let mut count = 1;
         for &page in pages.get(1..)? {
             let extent = self.extent(page);
-            let end = extent.end.max(span.end);
-            if extent.start > span.end + GAP_PAGES || end - span.start > SPAN_PAGES {
+            // A huge page begins before the page of it that was touched.
+            let both = extent.start.min(span.start)..extent.end.max(span.end);
+            if extent.start > span.end + GAP_PAGES || both.end - both.start > SPAN_PAGES {
                 break;
             }
-            span.end = end;
+            span = both;
             count += 1;
         }
         Some((count, span))
+    }
+
+    fn unsettled(&self, pages: &[u64]) -> Vec<u64> {
+        let state = |page: &u64| self.touched.get(page).map(|known| known.state);
+        let unsettled = |page: &u64| matches!(state(page), Some(State::Fresh | State::Late));
+        pages.iter().copied().filter(unsettled).collect()
     }
 
     /// The pages that one touch brought.
@@ -208,15 +234,15 @@ impl Pages {
                 State::Small => {
                     let found = at(runs, page);
                     match (found.is_anonymous(), found.swapped) {
-                        (true, _) => self.keep(page, 1),
-                        (false, true) => self.keep(page, 0),
+                        (true, _) => self.keep(page, 1, 0),
+                        (false, true) => self.keep(page, 0, 1),
                         (false, false) => self.drop_page(page),
                     }
                 }
                 State::Huge => {
-                    let (resident, swapped) = within(runs, huge_page(page));
+                    let (resident, swapped) = self.within_huge(page, runs);
                     if resident + swapped > 0 {
-                        self.keep(page, resident);
+                        self.keep(page, resident, swapped);
                     } else {
                         self.drop_page(page);
                     }
@@ -277,9 +303,26 @@ impl Pages {
         counters.allocated_count = counters.allocated_count.saturating_add(1);
     }
 
-    fn keep(&mut self, page: u64, resident_pages: u16) {
+    /// How many pages of a huge one are resident, and how many are swapped out, without those that
+    /// were touched again.
+    fn within_huge(&self, page: u64, runs: &[Run]) -> (u16, u16) {
+        let (mut resident, mut swapped) = within(runs, huge_page(page));
+        let again = self.touched.range(huge_page(page)).filter(|(other, _)| **other != page);
+        for (other, _) in again {
+            let found = at(runs, *other);
+            match (found.is_anonymous(), found.swapped) {
+                (true, _) => resident = resident.saturating_sub(1),
+                (false, true) => swapped = swapped.saturating_sub(1),
+                (false, false) => {}
+            }
+        }
+        (resident, swapped)
+    }
+
+    fn keep(&mut self, page: u64, resident_pages: u16, swapped_pages: u16) {
         if let Some(known) = self.touched.get_mut(&page) {
-            known.resident_pages = resident_pages;
+            known.left_pages = known.left_pages.min(resident_pages + swapped_pages);
+            known.resident_pages = known.left_pages.min(resident_pages);
         }
     }
 
@@ -287,6 +330,7 @@ impl Pages {
         if let Some(known) = self.touched.get_mut(&page) {
             known.state = state;
             known.resident_pages = resident_pages;
+            known.left_pages = if state == State::Huge { HUGE_PAGES as u16 } else { 1 };
         }
     }
 

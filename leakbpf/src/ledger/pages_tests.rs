@@ -24,7 +24,7 @@ fn run(pages: Range<u64>, found: Found) -> Run {
 
 /// Looks at pages of which the page tables say this.
 fn look(pages: &mut Pages, all: bool, tables: &[Run]) {
-    let scan = |range: Range<u64>| {
+    let scan = |range: Range<u64>, _: &[u64]| {
         let inside = tables.iter().filter_map(|run| {
             let pages = run.pages.start.max(range.start)..run.pages.end.min(range.end);
             (pages.start < pages.end).then_some(Run { pages, found: run.found })
@@ -147,6 +147,91 @@ fn a_huge_page_weighs_what_of_it_is_there() {
 }
 
 #[test]
+fn what_comes_back_into_a_huge_page_belongs_to_who_touched_it_then() {
+    let mut pages = Pages::default();
+    touch(&mut pages, 512 + 7, A, 1);
+    look(&mut pages, false, &[run(512..1024, HUGE)]);
+    look(&mut pages, true, &[run(512..600, ANONYMOUS)]);
+    touch(&mut pages, 700, B, 2);
+    // Touched, too, but not chosen.
+    look(&mut pages, true, &[run(512..600, ANONYMOUS), run(700..720, ANONYMOUS)]);
+    assert_eq!((resident(&pages, A), resident(&pages, B)), ((88 * 4096, 1), (4096, 1)));
+    look(&mut pages, true, &[run(700..720, ANONYMOUS)]);
+    look(&mut pages, true, &[run(512..1024, ANONYMOUS)]);
+    assert_eq!(resident(&pages, A).0, 19 * 4096, "it never grows");
+}
+
+#[test]
+fn what_was_given_back_and_touched_again_before_anybody_looked_counts_once() {
+    let mut pages = Pages::default();
+    touch(&mut pages, 512, A, 1);
+    look(&mut pages, false, &[run(512..1024, HUGE)]);
+    (600..1024).for_each(|page| touch(&mut pages, page, B, 2));
+    look(&mut pages, true, &[run(512..1024, ANONYMOUS)]);
+    assert_eq!(resident(&pages, A), (88 * 4096, 1));
+    assert_eq!(resident(&pages, B), (424 * 4096, 424));
+    look(&mut pages, true, &[run(600..1024, ANONYMOUS)]);
+    assert_eq!((resident(&pages, A), pages.len()), ((0, 0), 424));
+}
+
+#[test]
+fn a_huge_page_is_seen_whole_behind_a_small_page_of_its_place() {
+    let mut pages = Pages::default();
+    touch(&mut pages, 4096 + 300, A, 1);
+    look(&mut pages, false, &[run(4096..4608, HUGE)]);
+    touch(&mut pages, 4096 + 200, B, 2);
+    look(&mut pages, true, &[run(4096..4608, ANONYMOUS)]);
+    assert_eq!((resident(&pages, A), resident(&pages, B)), ((511 * 4096, 1), (4096, 1)));
+}
+
+#[test]
+fn ranges_of_huge_pages_are_bounded() {
+    let mut pages = Pages::default();
+    let huge: Vec<u64> = (1..40).map(|index| 512 * index).collect();
+    huge.iter().for_each(|page| touch(&mut pages, page + 400, A, 1));
+    look(&mut pages, false, &[run(512..512 * 40, HUGE)]);
+    huge.iter().for_each(|page| touch(&mut pages, page + 300, B, 2));
+    let result: Result<(), ()> = pages.look(true, |range, _| {
+        assert!(range.end - range.start <= SPAN_PAGES, "{range:?}");
+        Ok(vec![run(range, ANONYMOUS)])
+    });
+    assert_eq!(result, Ok(()));
+    assert_eq!(resident(&pages, A), (39 * 511 * 4096, 39));
+}
+
+#[test]
+fn the_first_page_of_a_huge_one_may_be_touched_again_without_the_rest() {
+    let mut pages = Pages::default();
+    touch(&mut pages, 512, A, 1);
+    look(&mut pages, false, &[run(512..1024, HUGE)]);
+    // As after a fork.
+    for page in [512, 513, 1023, 512] {
+        touch(&mut pages, page, B, 2);
+        look(&mut pages, false, &[run(512..1024, ANONYMOUS)]);
+    }
+    look(&mut pages, true, &[run(512..1024, ANONYMOUS)]);
+    assert_eq!((resident(&pages, A), resident(&pages, B)), ((509 * 4096, 1), (3 * 4096, 3)));
+    assert_eq!(counters(&pages, A).allocated_bytes, 2 << 20, "counted once");
+    touch(&mut pages, 512, B, 3);
+    look(&mut pages, true, &[run(512..1024, HUGE)]);
+    assert_eq!((resident(&pages, A), resident(&pages, B)), ((0, 0), (2 << 20, 1)));
+    (512..1024).for_each(|page| touch(&mut pages, page, A, 4));
+    look(&mut pages, true, &[run(512..1024, ANONYMOUS)]);
+    assert_eq!((resident(&pages, A), pages.len()), ((2 << 20, 512), 512));
+}
+
+#[test]
+fn what_of_a_huge_page_is_swapped_out_may_come_back() {
+    let mut pages = Pages::default();
+    touch(&mut pages, 512, A, 1);
+    look(&mut pages, false, &[run(512..1024, HUGE)]);
+    look(&mut pages, true, &[run(512..612, ANONYMOUS), run(612..712, SWAPPED)]);
+    assert_eq!(resident(&pages, A), (100 * 4096, 1));
+    look(&mut pages, true, &[run(512..1024, ANONYMOUS)]);
+    assert_eq!(resident(&pages, A), (200 * 4096, 1));
+}
+
+#[test]
 fn a_huge_page_ends_all_that_was_in_its_place() {
     let mut pages = Pages::default();
     touch(&mut pages, 512, A, 1);
@@ -186,7 +271,7 @@ fn a_failed_look_leaves_the_rest_for_the_next() {
     touch(&mut pages, 1, A, 1);
     touch(&mut pages, 10_000, A, 1);
     let mut calls = 0;
-    let result = pages.look(false, |range| {
+    let result = pages.look(false, |range, _| {
         calls += 1;
         if calls == 1 { Ok(vec![run(range, ANONYMOUS)]) } else { Err("gone") }
     });
@@ -218,7 +303,7 @@ fn ranges_are_bounded_and_cover_every_page() {
     touched.iter().for_each(|page| touch(&mut pages, *page, A, 1));
     let mut seen = BTreeSet::new();
     let mut calls = 0;
-    let result: Result<(), ()> = pages.look(false, |range| {
+    let result: Result<(), ()> = pages.look(false, |range, _| {
         calls += 1;
         assert!(range.end - range.start <= SPAN_PAGES, "{range:?}");
         seen.extend(range.clone());
@@ -228,6 +313,26 @@ fn ranges_are_bounded_and_cover_every_page() {
     assert!(touched.iter().all(|page| seen.contains(page)));
     assert_eq!(pages.live().count(), touched.len());
     assert!(calls < 60, "{calls} calls");
+}
+
+#[test]
+fn only_of_new_touches_is_asked_whether_they_are_huge() {
+    let mut pages = Pages::default();
+    let asked = |pages: &mut Pages, all| {
+        let mut asked = Vec::new();
+        let result: Result<(), ()> = pages.look(all, |range, unsettled| {
+            asked.extend_from_slice(unsettled);
+            // One is late.
+            Ok(vec![run(range.start..7, ANONYMOUS), run(8..range.end, ANONYMOUS)])
+        });
+        assert_eq!(result, Ok(()));
+        asked
+    };
+    [9, 5, 7].into_iter().for_each(|page| touch(&mut pages, page, A, 1));
+    assert_eq!(asked(&mut pages, false), [5, 7, 9]);
+    touch(&mut pages, 12, A, 2);
+    assert_eq!(asked(&mut pages, true), [7, 12]);
+    assert!(asked(&mut pages, true).is_empty());
 }
 
 /// A small address space, and what a program does in it.

@@ -4,6 +4,7 @@
 //! Documentation/admin-guide/mm/pagemap.rst); before, a word is read for each page.
 
 use std::{
+    collections::HashMap,
     fs::File,
     io,
     ops::Range,
@@ -59,6 +60,12 @@ const WORD_SWAPPED: u64 = 1 << 62;
 const WORD_FILE: u64 = 1 << 61;
 const WORD_FRAME: u64 = (1 << 55) - 1;
 
+/// Page frames between two whose flags are read, up to which they are read together.
+const GAP_FRAMES: u64 = 8;
+
+/// Most page frames whose flags are read together.
+const MOST_FRAMES: u64 = 512;
+
 /// Bits of a word of `/proc/kpageflags`.
 const FLAG_THP: u64 = 1 << 22;
 const FLAG_ZERO_PAGE: u64 = 1 << 24;
@@ -97,10 +104,11 @@ impl Pagemap {
         }
     }
 
-    /// What is to say of a range of pages, without those that are not there.
-    pub fn scan(&mut self, pages: Range<u64>) -> Result<Vec<Run>, PagemapError> {
+    /// What is to say of a range of pages, without those that are not there. Whether one is huge, or
+    /// the page of zeros, may be said only of the `unsettled` ones, which are sorted.
+    pub fn scan(&mut self, pages: Range<u64>, unsettled: &[u64]) -> Result<Vec<Run>, PagemapError> {
         let runs = match &self.flags {
-            Some(_) => self.read(pages.clone())?,
+            Some(_) => self.read(pages.clone(), unsettled)?,
             None => match self.ask(pages.clone()) {
                 Ok(runs) => runs,
                 // Older than 6.7.
@@ -109,7 +117,7 @@ impl Pagemap {
                         Ok(file) => Flags::Readable(file),
                         Err(_) => Flags::Unreadable,
                     });
-                    self.read(pages.clone())?
+                    self.read(pages.clone(), unsettled)?
                 }
                 Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {
                     return Err(PagemapError::Gone);
@@ -175,7 +183,7 @@ impl Pagemap {
     }
 
     /// Reads a word for each page.
-    fn read(&self, pages: Range<u64>) -> io::Result<Vec<Run>> {
+    fn read(&self, pages: Range<u64>, unsettled: &[u64]) -> io::Result<Vec<Run>> {
         const WORDS: u64 = 512;
         let mut bytes = [0; 8 * WORDS as usize];
         let mut runs = Vec::new();
@@ -185,7 +193,8 @@ impl Pagemap {
             let wanted = bytes.get_mut(..8 * count).unwrap_or_default();
             let filled = self.file.read_at(wanted, page.saturating_mul(8))?;
             let words = bytes.get(..filled).unwrap_or_default();
-            append(&mut runs, page, words, |frame| self.flags_of(frame));
+            let flags = self.flags_of(&frames(page, words, unsettled));
+            append(&mut runs, page, words, &flags);
             if filled < 8 * count {
                 break;
             }
@@ -194,24 +203,60 @@ impl Pagemap {
         Ok(runs)
     }
 
-    /// Of a page frame; 0 when they can't be read.
-    fn flags_of(&self, frame: u64) -> u64 {
-        let mut word = [0; 8];
-        match &self.flags {
-            Some(Flags::Readable(file)) if frame != 0 => {
-                match file.read_exact_at(&mut word, frame.saturating_mul(8)) {
-                    Ok(()) => u64::from_ne_bytes(word),
-                    Err(_) => 0,
-                }
-            }
-            _ => 0,
+    /// Words of `/proc/kpageflags`, of those page frames of which they can be read; `frames` are
+    /// sorted.
+    fn flags_of(&self, frames: &[u64]) -> HashMap<u64, u64> {
+        let mut flags = HashMap::new();
+        let Some(Flags::Readable(file)) = &self.flags else { return flags };
+        let mut bytes = [0; 8 * MOST_FRAMES as usize];
+        for range in together(frames) {
+            let count = (range.end - range.start) as usize;
+            let wanted = bytes.get_mut(..8 * count).unwrap_or_default();
+            let filled = file.read_at(wanted, range.start.saturating_mul(8)).unwrap_or(0);
+            let words = bytes.get(..filled).unwrap_or_default().as_chunks().0;
+            flags.extend(range.zip(words.iter().map(|word| u64::from_ne_bytes(*word))));
         }
+        flags
     }
 }
 
-/// Adds what words of `/proc/PID/pagemap` say of the pages from `first` on. `flags_of` gives the word
-/// of `/proc/kpageflags` of a page frame; it is asked only for anonymous memory.
-fn append(runs: &mut Vec<Run>, first: u64, words: &[u8], flags_of: impl Fn(u64) -> u64) {
+/// Page frames, sorted, of the anonymous ones among `unsettled` pages. `words` of `/proc/PID/pagemap`
+/// are those of the pages from `first` on.
+fn frames(first: u64, words: &[u8], unsettled: &[u64]) -> Vec<u64> {
+    let words = words.as_chunks().0;
+    let mut frames: Vec<u64> = unsettled
+        .iter()
+        .filter_map(|page| {
+            let index = usize::try_from(page.checked_sub(first)?).ok()?;
+            let word = u64::from_ne_bytes(*words.get(index)?);
+            let anonymous = word & WORD_PRESENT != 0 && word & WORD_FILE == 0;
+            // Without the right to know, all frames are 0.
+            (anonymous && word & WORD_FRAME != 0).then_some(word & WORD_FRAME)
+        })
+        .collect();
+    frames.sort_unstable();
+    frames.dedup();
+    frames
+}
+
+/// Ranges that hold all of the frames, which are sorted: the kernel passes over a few in less time
+/// than a further call takes.
+fn together(frames: &[u64]) -> Vec<Range<u64>> {
+    let mut ranges: Vec<Range<u64>> = Vec::new();
+    for &frame in frames {
+        match ranges.last_mut() {
+            Some(range) if frame <= range.end + GAP_FRAMES && frame - range.start < MOST_FRAMES => {
+                range.end = frame + 1;
+            }
+            _ => ranges.push(frame..frame + 1),
+        }
+    }
+    ranges
+}
+
+/// Adds what words of `/proc/PID/pagemap` say of the pages from `first` on. `flags` are words of
+/// `/proc/kpageflags`, by page frame, as far as they were asked for.
+fn append(runs: &mut Vec<Run>, first: u64, words: &[u8], flags: &HashMap<u64, u64>) {
     for (page, word) in (first..).zip(words.as_chunks().0) {
         let word = u64::from_ne_bytes(*word);
         let mut found = Found {
@@ -223,8 +268,9 @@ fn append(runs: &mut Vec<Run>, first: u64, words: &[u8], flags_of: impl Fn(u64) 
         if !found.present && !found.swapped {
             continue;
         }
-        if found.present {
-            let flags = flags_of(word & WORD_FRAME);
+        if found.present
+            && let Some(flags) = flags.get(&(word & WORD_FRAME))
+        {
             // The page of zeros is not an anonymous one to this file.
             found.zero = flags & FLAG_ZERO_PAGE != 0;
             found.huge = flags & FLAG_THP != 0;

@@ -10,12 +10,8 @@ fn words(words: &[u64]) -> Vec<u8> {
 
 fn runs_of(first: u64, bytes: &[u8]) -> Vec<Run> {
     let mut runs = Vec::new();
-    // Frames 0x100 and up are huge pages, 7 is the page of zeros.
-    append(&mut runs, first, bytes, |frame| match frame {
-        7 => FLAG_ZERO_PAGE,
-        0x100.. => FLAG_THP,
-        _ => 0,
-    });
+    let flags = [(7, FLAG_ZERO_PAGE), (0x100, FLAG_THP), (0x101, FLAG_THP), (1, 0)];
+    append(&mut runs, first, bytes, &HashMap::from(flags));
     runs
 }
 
@@ -47,6 +43,44 @@ fn words_of_the_page_map_are_understood() {
         Some(&Run { pages: 106..107, found: Found { huge: true, ..there } })
     );
     assert!(runs_of(0, &[]).is_empty());
+}
+
+#[test]
+fn flags_are_asked_for_only_of_new_anonymous_pages() {
+    let bytes = words(&[
+        PRESENT | 9,
+        PRESENT | 5,
+        PRESENT | WORD_FILE | 3,
+        WORD_SWAPPED | 0x1234,
+        PRESENT | 5,
+        PRESENT,
+        0,
+        PRESENT | 8,
+    ]);
+    assert!(frames(100, &bytes, &[]).is_empty());
+    assert_eq!(frames(100, &bytes, &[3, 99, 100, 101, 102, 103, 104, 105, 106, 108]), [5, 9]);
+}
+
+#[test]
+fn frames_near_each_other_are_read_together() {
+    assert!(together(&[]).is_empty());
+    assert_eq!(together(&[1, 2, 3, 12, 21, 31]), [1..22, 31..32]);
+    let many: Vec<u64> = (0..2000).collect();
+    assert_eq!(together(&many), [0..512, 512..1024, 1024..1536, 1536..2000]);
+}
+
+#[test]
+fn flags_are_those_of_their_frames() {
+    let file = tempfile::tempfile().expect("a temporary file");
+    for frame in [4u64, 6, 100] {
+        file.write_all_at(&(frame << 22).to_ne_bytes(), frame * 8).expect("written");
+    }
+    let mut pagemap = Pagemap::open(Pid::current()).expect("our own");
+    pagemap.flags = Some(Flags::Readable(file));
+    let flags = pagemap.flags_of(&[4, 6, 100, 101, 5000]);
+    let of = |frame| flags.get(&frame).copied();
+    assert_eq!([4, 6, 100].map(of), [4u64, 6, 100].map(|frame| Some(frame << 22)));
+    assert_eq!([101, 5000].map(of), [None, None], "beyond the end");
 }
 
 /// Memory of this process of which some pages are written.
@@ -105,7 +139,7 @@ impl Drop for Memory {
 
 /// Numbers of the pages, counted from the memory's beginning, that a scan finds anonymous.
 fn anonymous(pagemap: &mut Pagemap, memory: &Memory) -> Vec<u64> {
-    let runs = pagemap.scan(memory.pages()).expect("our own page tables");
+    let runs = pagemap.scan(memory.pages(), &[]).expect("our own page tables");
     let of_memory = runs.into_iter().filter(|run| run.found.present && !run.found.file);
     of_memory.flat_map(|run| run.pages).map(|page| page - memory.pages().start).collect()
 }
@@ -142,7 +176,7 @@ fn pages_that_were_written_are_there_until_they_are_given_back() {
 fn the_program_itself_is_a_files() {
     let page = words_of_the_page_map_are_understood as fn() as usize as u64 / PAGE_BYTES;
     for mut pagemap in ways() {
-        let runs = pagemap.scan(page..page + 1).expect("our own page tables");
+        let runs = pagemap.scan(page..page + 1, &[page]).expect("our own page tables");
         assert!(runs.iter().all(|run| run.found.file) && runs.len() == 1, "{runs:?}");
     }
 }
@@ -165,10 +199,10 @@ fn memory_that_is_gone_is_not_taken_for_memory_that_was_given_back() {
         if way == 1 {
             pagemap.flags = Some(Flags::Unreadable);
         }
-        assert!(pagemap.scan(0x1000..0x2000).is_ok());
+        assert!(pagemap.scan(0x1000..0x2000, &[]).is_ok());
         child.kill().expect("kill");
         child.wait().expect("wait");
-        let result = pagemap.scan(0x1000..0x2000);
+        let result = pagemap.scan(0x1000..0x2000, &[]);
         assert!(matches!(result, Err(PagemapError::Gone)), "{way}: {result:?}");
     }
 }

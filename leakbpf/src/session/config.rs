@@ -50,7 +50,8 @@ pub struct Config {
     pub follow_forks: bool,
     /// One probe for all processes that map a file, instead of one for each that is watched.
     pub shared_probes: bool,
-    /// Of the mode that looks at pages: most of them to keep.
+    /// Most outstanding blocks that the kernel side keeps; in the mode that looks at pages, most
+    /// pages that the agent keeps.
     pub max_blocks: u32,
     pub stack: StackMethod,
     /// Kernel memory for all unwind tables together. 400 libraries of a desktop take some 40 MB.

@@ -28,7 +28,7 @@ use crate::{
     ledger::ranges::{MappingLosses, Mappings},
     probe::{attach::Link, kernel::Kernel, records::Record},
     process::{
-        Pid,
+        Pid, ProcessError,
         exit::{ExitWatch, ExitWatchError},
         maps::{Backing, Maps},
         pagemap::{Pagemap, PagemapError},
@@ -101,6 +101,8 @@ pub struct Watch {
     pages: usize,
     /// Touches that were not recorded.
     pub pages_full: u64,
+    /// It was told that page tables can't be opened.
+    pages_unseen: bool,
     detacher: Detacher,
     /// How many of `lives` a profile has listed; their places in the list are fixed.
     pub listed: usize,
@@ -138,6 +140,7 @@ impl Watch {
             scope,
             pages: 0,
             pages_full: 0,
+            pages_unseen: false,
             detacher: Detacher::default(),
             listed: 0,
             folded_losses: MappingLosses::default(),
@@ -211,10 +214,21 @@ impl Watch {
         let Some(life) = self.lives.get_mut(id.0).filter(|_| self.scope.max_pages.is_some()) else {
             return;
         };
-        let opened = Pagemap::open(life.pid()).ok();
+        let pid = life.pid();
+        let opened = Pagemap::open(pid);
         let state = self.kernel.processes.get(&life.process.pid).ok().flatten();
-        life.anonymous_bytes_before = anonymous_bytes(life.pid());
-        life.pagemap = opened.filter(|_| state.is_none_or(|state| state.owner == life.owner));
+        life.anonymous_bytes_before = anonymous_bytes(pid);
+        let same_life = state.is_none_or(|state| state.owner == life.owner);
+        match opened {
+            Ok(pagemap) => life.pagemap = same_life.then_some(pagemap),
+            Err(error) => {
+                // Once: what keeps it from one keeps it from all that come after.
+                if let Some(text) = pages_unseen(error, same_life).filter(|_| !self.pages_unseen) {
+                    self.pages_unseen = true;
+                    self.note(Some(pid), text);
+                }
+            }
+        }
     }
 
     fn watch_exit(&self, pid: Pid, start_time: u64, owner: Owner) {
@@ -336,7 +350,7 @@ impl Watch {
                 life.end_pages();
                 continue;
             };
-            match life.pages.look(all, |pages| pagemap.scan(pages)) {
+            match life.pages.look(all, |pages, unsettled| pagemap.scan(pages, unsettled)) {
                 Ok(()) => {}
                 // Its end will be told. What it held is known as of the last look.
                 Err(PagemapError::Gone) => life.end_pages(),
@@ -370,13 +384,7 @@ impl Watch {
             }
         }
         for (pid, grown, explained) in unexplained {
-            let text = format!(
-                "anonymous memory grew by {} MiB in all, of which the sites explain {} MiB: memory \
-                 that mremap moved is not followed",
-                grown >> 20,
-                explained >> 20
-            );
-            self.note(Some(pid), text);
+            self.note(Some(pid), unexplained_text(grown, explained));
         }
     }
 
@@ -713,6 +721,37 @@ fn anonymous_bytes(pid: Pid) -> Option<u64> {
     Status::of(pid).ok()?.anonymous_resident_bytes
 }
 
+/// What to tell when page tables can't be opened; nothing of memory that is gone.
+fn pages_unseen(error: ProcessError, same_life: bool) -> Option<String> {
+    let errno = match &error {
+        ProcessError::Gone(_) => return None,
+        ProcessError::Unreadable { source, .. } => source.raw_os_error(),
+        ProcessError::Denied { .. } | ProcessError::Malformed { .. } => None,
+    };
+    // It has ended, and nobody has asked for its status yet.
+    if !same_life || errno == Some(libc::ESRCH) {
+        return None;
+    }
+    let remedy = match errno {
+        Some(libc::EMFILE | libc::ENFILE) => ": raise the limit of open files (ulimit -n)",
+        _ => "",
+    };
+    Some(format!(
+        "what it gives back is not seen, and all that it touches counts as resident (others may \
+         be so, too, and are not listed): {:#}{remedy}",
+        anyhow::Error::new(error)
+    ))
+}
+
+fn unexplained_text(grown_bytes: u64, explained_bytes: u64) -> String {
+    format!(
+        "anonymous memory grew by {} MiB in all, of which the sites explain {} MiB: what was moved \
+         by mremap or brought in without a fault (MAP_POPULATE, mlock) is not followed",
+        grown_bytes >> 20,
+        explained_bytes >> 20
+    )
+}
+
 /// Generation of a life that the agent begins; those of the kernel side count time, too.
 fn generation() -> u32 {
     (monotonic_ns() >> 14) as u32
@@ -757,3 +796,7 @@ fn gone(pid: Pid, parent: Option<&Life>) -> Identity {
         cgroup: parent.map(|life| life.process.cgroup.clone()).unwrap_or_default(),
     }
 }
+
+#[cfg(test)]
+#[path = "watch_tests.rs"]
+mod tests;
