@@ -1,18 +1,23 @@
 //! A session: the story of `leakbpf record`.
 //!
-//! [`watch`] knows the processes, [`placement`] their probes, [`life`] and [`space`] what code is
-//! behind a stack's addresses, [`unwinding`] what the kernel side walks stacks with, [`inbox`] reads
-//! its records, [`snapshot`] turns the books into a profile.
+//! [`admission`] says who may be watched, [`watch`] knows the processes, [`placement`] their probes,
+//! [`life`] and [`space`] what code is behind a stack's addresses, [`unwinding`] what the kernel side
+//! walks stacks with; [`loading`] sets the kernel side up, [`snapshot`] turns its books into a profile.
 
+mod admission;
 pub mod config;
+mod detacher;
 pub mod floor;
 mod fold;
 mod inbox;
 mod jit;
 pub mod life;
 mod limits;
+mod loading;
 pub mod modules;
+mod output;
 pub mod placement;
+mod signals;
 pub mod snapshot;
 pub mod space;
 mod terminal;
@@ -22,41 +27,37 @@ pub mod watch;
 use std::{
     io::{self, Write},
     ops::ControlFlow,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use leakbpf_common::abi::StackWalk;
 use nix::sys::signal::Signal;
-use tokio::{signal::unix::SignalKind, sync::mpsc};
+use tokio::sync::mpsc;
 
 use self::{
-    config::{Config, Output, StackMethod, Target},
+    admission::{admit, bystanders},
+    config::{Config, Target},
     fold::Groups,
     inbox::Inbox,
+    loading::load,
+    output::{OutputFile, OutputKind},
     placement::Plans,
+    signals::Signals,
     snapshot::{Sites, loss_names},
     terminal::Progress,
     watch::{Attached, Scope, Watch, monotonic_ns},
 };
 use crate::{
-    preflight::{self, kernel_version::KernelVersion},
-    probe::{
-        kernel::{Kernel, KernelError, MappingEvents, PageChoice, ReturnInstances, Settings},
-        planner,
-    },
+    preflight,
+    probe::kernel::{KernelError, MappingEvents},
     process::{
         Pid, ProcessError, host,
         launch::{LaunchError, LaunchedProgram, exit_code, launch},
         select::{SelectError, Selector, select},
-        target, tracefs,
     },
     profile::{Mode, Profile, SiteKind, Symbol},
-    recording::{self, SessionFacts},
-    report::{self, ReportFile, ReportOptions},
+    recording,
+    report::{self, ReportOptions},
     symbolize::perf_map::PerfMap,
 };
 
@@ -263,114 +264,6 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
     Ok(status)
 }
 
-/// Whether probes in every process would harm one that runs.
-fn bystanders(host: &preflight::host::HostFacts) -> Result<Vec<preflight::Check>, SessionError> {
-    let judge = |facts| preflight::target::judge_bystander(&facts, host);
-    let observed =
-        select(&Selector::All)?.into_iter().filter_map(|pid| target::observe(pid, false).ok());
-    Ok(observed.flat_map(judge).collect())
-}
-
-/// Checks each process; of several found by name or group, those that can't be traced are left out
-/// with a word.
-fn admit(
-    pids: Vec<Pid>,
-    selector: &Selector,
-    host: &preflight::host::HostFacts,
-    mode: Mode,
-) -> Result<Vec<Pid>, SessionError> {
-    let mut admitted = Vec::new();
-    let mut refused = None;
-    for pid in pids {
-        let checks = match target::observe(pid, false) {
-            Ok(facts) => match mode {
-                Mode::Exact | Mode::Sample { .. } => preflight::target::judge(&facts, host),
-                Mode::Pages { .. } => preflight::target::judge_for_pages(&facts),
-            },
-            Err(error) if matches!(selector, Selector::Pids(_)) => return Err(error.into()),
-            Err(_) => continue,
-        };
-        match (preflight::Report { checks }).refuse_failures() {
-            Ok(()) => admitted.push(pid),
-            Err(refusal) if matches!(selector, Selector::Pids(_)) => return Err(refusal.into()),
-            Err(refusal) => {
-                if !matches!(selector, Selector::All) {
-                    eprintln!("leakbpf: left out {pid}: {refusal}");
-                }
-                refused = Some(refusal);
-            }
-        }
-    }
-    match (admitted.is_empty(), refused) {
-        (true, Some(refusal)) => Err(refusal.into()),
-        _ => Ok(admitted),
-    }
-}
-
-/// Loads the kernel side with the best walk that the kernel takes of those that will do; with the
-/// reason when it is not the best of all.
-fn load(config: &Config) -> Result<(Kernel, Option<String>), SessionError> {
-    let mut settings = settings(config)?;
-    const BOUNDED: (StackWalk, &str) = (StackWalk::RowsBounded, "stacks have at most 64 frames");
-    const POINTERS: (StackWalk, &str) =
-        (StackWalk::FramePointers, "stacks follow frame pointers only");
-    let (best, others): (StackWalk, &[(StackWalk, &str)]) = match config.stack {
-        StackMethod::Auto => (StackWalk::Rows, &[BOUNDED, POINTERS]),
-        StackMethod::Rows => (StackWalk::Rows, &[BOUNDED]),
-        StackMethod::RowsBounded => (StackWalk::RowsBounded, &[]),
-        StackMethod::FramePointers => (StackWalk::FramePointers, &[]),
-    };
-    settings.stack_walk = best;
-    let refusal = match Kernel::load(&settings) {
-        Ok(kernel) => return Ok((kernel, None)),
-        Err(error) => error,
-    };
-    for &(walk, what) in others {
-        settings.stack_walk = walk;
-        if let Ok(kernel) = Kernel::load(&settings) {
-            return Ok((kernel, Some(format!("{what}: {refusal}"))));
-        }
-    }
-    Err(refusal.into())
-}
-
-fn settings(config: &Config) -> Result<Settings, SessionError> {
-    Ok(Settings {
-        follow_forks: config.follow_forks,
-        watch_all: matches!(config.target, Target::Running(Selector::All)),
-        stack_walk: StackWalk::Rows,
-        max_blocks: config.max_blocks,
-        newtask_pid_offset: field_offset("task/task_newtask", "pid")?,
-        newtask_flags_offset: field_offset("task/task_newtask", "clone_flags")?,
-        exec_old_pid_offset: field_offset("sched/sched_process_exec", "old_pid")?,
-        return_instances: host::kernel_types().as_deref().and_then(ReturnInstances::find),
-        pages: match config.mode {
-            Mode::Exact | Mode::Sample { .. } => None,
-            Mode::Pages { one_in } => Some(PageChoice { interval: one_in, seed: seed() }),
-        },
-        sample_interval_bytes: match config.mode {
-            Mode::Sample { interval_bytes } => interval_bytes,
-            Mode::Exact | Mode::Pages { .. } => 0,
-        },
-    })
-}
-
-/// Where a field lies in a tracepoint's record, in bytes.
-fn field_offset(name: &'static str, field: &str) -> Result<u32, SessionError> {
-    let failed = |reason: String| SessionError::Tracepoint { name, reason };
-    let bytes = tracefs::tracepoint_format(name).map_err(|error| failed(error.to_string()))?;
-    let format = preflight::tracepoint::TracepointFormat::parse(&bytes)
-        .map_err(|error| failed(error.to_string()))?;
-    let field = format.field(field).map_err(|error| failed(error.to_string()))?;
-    Ok(field.offset_bytes)
-}
-
-/// Differs from session to session.
-fn seed() -> u32 {
-    use std::hash::{BuildHasher as _, RandomState};
-    RandomState::new().hash_one(monotonic_ns()) as u32
-}
-
 fn pages_in_words(one_in: u32) -> String {
     match one_in {
         1 => "every page".to_owned(),
@@ -414,17 +307,12 @@ fn announce(attached: &Attached, watch: &Watch, config: &Config, started: Instan
     }
 }
 
-/// What matters to the planner of the kernel that runs here.
-pub fn planner_kernel(host: &preflight::host::HostFacts) -> planner::Kernel {
-    let nops = KernelVersion { major: 6, minor: 18, patch: 0 };
-    planner::Kernel { emulates_long_nops: host.version().is_some_and(|version| version >= nops) }
-}
-
 fn unix_ns() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
+pub use loading::planner_kernel;
 pub use terminal::options as terminal_options;
 
 /// The perf map of a process that makes code at run time.
@@ -747,88 +635,4 @@ impl Session<'_> {
 
 fn hostname() -> String {
     nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
-}
-
-/// Signals that end a session or are passed on to a program.
-struct Signals {
-    streams: Vec<(Signal, tokio::signal::unix::Signal)>,
-}
-
-impl Signals {
-    fn new() -> io::Result<Self> {
-        let wanted = [
-            (Signal::SIGINT, SignalKind::interrupt()),
-            (Signal::SIGTERM, SignalKind::terminate()),
-            (Signal::SIGHUP, SignalKind::hangup()),
-            (Signal::SIGQUIT, SignalKind::quit()),
-            (Signal::SIGUSR1, SignalKind::user_defined1()),
-            (Signal::SIGUSR2, SignalKind::user_defined2()),
-        ];
-        let streams = wanted
-            .into_iter()
-            .map(|(signal, kind)| Ok((signal, tokio::signal::unix::signal(kind)?)))
-            .collect::<io::Result<_>>()?;
-        Ok(Self { streams })
-    }
-
-    /// A flag that the next signal sets, also while nobody waits for one.
-    fn raise_flag(&self) -> io::Result<Arc<AtomicBool>> {
-        let flag = Arc::new(AtomicBool::new(false));
-        let ends = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
-        for signal in ends {
-            let flag = Arc::clone(&flag);
-            // SAFETY: storing an atomic is all that the handler does, which is async-signal-safe.
-            unsafe {
-                signal_hook_registry::register(signal as i32, move || {
-                    flag.store(true, Ordering::Relaxed);
-                })
-            }?;
-        }
-        Ok(flag)
-    }
-
-    async fn next(&mut self) -> Signal {
-        std::future::poll_fn(|context| {
-            for (signal, stream) in &mut self.streams {
-                if stream.poll_recv(context).is_ready() {
-                    return std::task::Poll::Ready(*signal);
-                }
-            }
-            std::task::Poll::Pending
-        })
-        .await
-    }
-}
-
-/// Where the result goes; made before anything is attached, so that a full disk or a wrong path is
-/// known at once.
-struct OutputFile {
-    kind: OutputKind,
-}
-
-enum OutputKind {
-    None,
-    Recording(Box<recording::Writer>),
-    Report(report::Format, ReportFile),
-}
-
-impl OutputFile {
-    fn create(config: &Config, host: &preflight::host::HostFacts) -> Result<Self, SessionError> {
-        let kind = match &config.output {
-            None => OutputKind::None,
-            Some(Output::Recording(path)) => {
-                let facts = SessionFacts {
-                    mode: config.mode,
-                    started_unix_ns: unix_ns(),
-                    kernel: host.kernel_release.clone(),
-                    hostname: hostname(),
-                };
-                OutputKind::Recording(Box::new(recording::Writer::create(path, &facts)?))
-            }
-            Some(Output::Report(format, path)) => {
-                OutputKind::Report(*format, ReportFile::create(path)?)
-            }
-        };
-        Ok(Self { kind })
-    }
 }

@@ -4,20 +4,17 @@
 use std::{
     collections::{HashMap, HashSet},
     num::NonZeroU32,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use leakbpf_common::abi::{
-    ExecRecord, ForkRecord, LibrariesRecord, Owner, PageRecord, ProcessState, UnmappedRecord,
-    process_flags,
+    ExecRecord, ForkRecord, LibrariesRecord, Owner, ProcessState, UnmappedRecord, process_flags,
 };
 
 use super::{
     SessionError,
+    detacher::Detacher,
     life::{ENDED_BY_EXEC, Life},
     modules::Modules,
     placement::{LookedAt, Placed, Plans},
@@ -26,16 +23,17 @@ use super::{
 };
 use crate::{
     ledger::ranges::{MappingLosses, Mappings},
-    probe::{attach::Link, kernel::Kernel, records::Record},
+    probe::{kernel::Kernel, records::Record},
     process::{
-        Pid, ProcessError,
+        Pid,
         exit::{ExitWatch, ExitWatchError},
         maps::{Backing, Maps},
-        pagemap::{Pagemap, PagemapError},
-        status::{Identity, Stat, Status, memory_owner},
+        status::{Identity, Stat, memory_owner},
     },
-    profile::{Counters, Event, Process, ProcessId, estimate::Interval},
+    profile::{Event, Process, ProcessId},
 };
+
+mod residency;
 
 /// Most events that are listed: a session of days must not fill the agent's memory.
 const MAX_EVENTS: usize = 4096;
@@ -47,11 +45,8 @@ const LATE_CHILDREN_LISTED: u64 = 10;
 /// takes some 70 ms for each, one after the other, and placing one waits for the same lock.
 const MAX_DETACHING: usize = 32;
 
-/// By so much the sites may fall short of the kernel's account without a word.
-const MOST_UNCOUNTED_BYTES: u64 = 4 << 20;
-
-/// When the thread that a process's probes hang on has ended, its others have so long to follow: most often the
-/// process is about to end.
+/// When the thread that a process's probes hang on has ended, its others have so long to
+/// follow: most often the process is about to end.
 const OTHERS_FOLLOW: Duration = Duration::from_millis(100);
 
 /// A process that was taken in.
@@ -208,29 +203,6 @@ impl Watch {
         id
     }
 
-    /// Opens the page tables of a life. Those of another one, which the process has begun by `execve`
-    /// meanwhile, are of no use.
-    fn open_pagemap(&mut self, id: ProcessId) {
-        let Some(life) = self.lives.get_mut(id.0).filter(|_| self.scope.max_pages.is_some()) else {
-            return;
-        };
-        let pid = life.pid();
-        let opened = Pagemap::open(pid);
-        let state = self.kernel.processes.get(&life.process.pid).ok().flatten();
-        life.anonymous_bytes_before = anonymous_bytes(pid);
-        let same_life = state.is_none_or(|state| state.owner == life.owner);
-        match opened {
-            Ok(pagemap) => life.pagemap = same_life.then_some(pagemap),
-            Err(error) => {
-                // Once: what keeps it from one keeps it from all that come after.
-                if let Some(text) = pages_unseen(error, same_life).filter(|_| !self.pages_unseen) {
-                    self.pages_unseen = true;
-                    self.note(Some(pid), text);
-                }
-            }
-        }
-    }
-
     fn watch_exit(&self, pid: Pid, start_time: u64, owner: Owner) {
         let exits = self.exits.clone();
         match ExitWatch::open(pid, start_time) {
@@ -321,70 +293,6 @@ impl Watch {
                 }
             }
             Record::Page(page) => self.touched(&page),
-        }
-    }
-
-    fn touched(&mut self, page: &PageRecord) {
-        let Some(id) = self.life_or_stranger(page.head.owner) else { return };
-        let Some(life) = self.lives.get_mut(id.0).filter(|life| !life.folded) else { return };
-        let known = life.pages.knows(page.address);
-        if !known && self.scope.max_pages.is_none_or(|most| self.pages >= most) {
-            self.pages_full += 1;
-            return;
-        }
-        self.pages += usize::from(!known);
-        life.pages.touch(page.address, page.stack, page.head.time_ns);
-        if life.ended() {
-            life.end_pages();
-        }
-    }
-
-    /// Looks which of the pages are still there: of those touched since the last look, or of all.
-    pub fn look_at_pages(&mut self, all: bool) {
-        if self.scope.max_pages.is_none() {
-            return;
-        }
-        let mut unreadable = Vec::new();
-        for life in self.lives.iter_mut().filter(|life| all || life.pages.has_fresh()) {
-            let Some(pagemap) = life.pagemap.as_mut() else {
-                life.end_pages();
-                continue;
-            };
-            match life.pages.look(all, |pages, unsettled| pagemap.scan(pages, unsettled)) {
-                Ok(()) => {}
-                // Its end will be told. What it held is known as of the last look.
-                Err(PagemapError::Gone) => life.end_pages(),
-                Err(PagemapError::Unreadable(error)) => {
-                    life.pagemap = None;
-                    let text = format!("what it gives back is not seen any more: {error}");
-                    unreadable.push((life.pid(), text));
-                }
-            }
-        }
-        unreadable.into_iter().for_each(|(pid, text)| self.note(Some(pid), text));
-        self.pages = self.lives.iter().map(|life| life.pages.len()).sum();
-    }
-
-    /// Notes where the kernel's own account says that the sites leave much unexplained.
-    pub fn compare_with_the_kernels_account(&mut self, one_in: u32) {
-        let mut unexplained = Vec::new();
-        for life in self.lives.iter().filter(|life| life.pagemap.is_some() && !life.ended()) {
-            let (Some(before), Some(now)) =
-                (life.anonymous_bytes_before, anonymous_bytes(life.pid()))
-            else {
-                continue;
-            };
-            let grown = now.saturating_sub(before);
-            let mut sum = Counters::default();
-            life.pages.counters().values().for_each(|counters| sum.add(counters));
-            let (_, high) = Interval::of_pages(&sum.times(one_in), one_in).bytes;
-            // The kernel counts in steps on each CPU.
-            if grown > high.saturating_add(grown / 10).saturating_add(MOST_UNCOUNTED_BYTES) {
-                unexplained.push((life.pid(), grown, sum.times(one_in).live_bytes));
-            }
-        }
-        for (pid, grown, explained) in unexplained {
-            self.note(Some(pid), unexplained_text(grown, explained));
         }
     }
 
@@ -591,24 +499,6 @@ impl Watch {
         }
     }
 
-    /// Nothing tells of libraries where nothing is probed: looks for those that came or went.
-    pub fn look_for_code(&mut self) {
-        if self.scope.max_pages.is_none() {
-            return;
-        }
-        for life in self.lives.iter_mut().filter(|life| !life.ended()) {
-            let maps = maps_of(&self.kernel, life.owner);
-            let known = life.space.maps();
-            if !maps.is_empty() && known.is_none_or(|known| !known.same_code(&maps)) {
-                // What is at an address from now on is all that counts.
-                life.space = Space::new(life.space.epoch().unwrap_or(0), maps);
-                self.changed.insert(life.owner);
-                self.unwinding.refresh(life.owner);
-            }
-        }
-        self.take_in_mappings();
-    }
-
     /// Stacks lead to code that the kernel side does not know: made at run time, mapped without
     /// the dynamic loader, or not code at all.
     fn unmapped(&mut self, unmapped: &UnmappedRecord) {
@@ -672,86 +562,6 @@ impl Drop for Watch {
     }
 }
 
-/// A thread that takes probes away, one after the other. Dropping it waits for the last one.
-#[derive(Default)]
-struct Detacher {
-    thread: Option<(std::sync::mpsc::Sender<Vec<Link>>, std::thread::JoinHandle<()>)>,
-    pending: Arc<AtomicUsize>,
-}
-
-impl Detacher {
-    fn pending(&self) -> usize {
-        self.pending.load(Ordering::Relaxed)
-    }
-
-    fn detach(&mut self, links: Vec<Link>) {
-        if links.is_empty() {
-            return;
-        }
-        self.pending.fetch_add(links.len(), Ordering::Relaxed);
-        let pending = &self.pending;
-        let (sender, _) = self.thread.get_or_insert_with(|| {
-            let (sender, receiver) = std::sync::mpsc::channel::<Vec<Link>>();
-            let pending = pending.clone();
-            let thread = std::thread::spawn(move || {
-                for link in receiver.into_iter().flatten() {
-                    drop(link);
-                    pending.fetch_sub(1, Ordering::Relaxed);
-                }
-            });
-            (sender, thread)
-        });
-        // It receives until it is dropped.
-        let _ = sender.send(links);
-    }
-}
-
-impl Drop for Detacher {
-    fn drop(&mut self) {
-        if let Some((sender, thread)) = self.thread.take() {
-            drop(sender);
-            // It only closes descriptors, and has nothing to say.
-            let _ = thread.join();
-        }
-    }
-}
-
-/// Anonymous memory of a process that is resident, by the kernel's account.
-fn anonymous_bytes(pid: Pid) -> Option<u64> {
-    Status::of(pid).ok()?.anonymous_resident_bytes
-}
-
-/// What to tell when page tables can't be opened; nothing of memory that is gone.
-fn pages_unseen(error: ProcessError, same_life: bool) -> Option<String> {
-    let errno = match &error {
-        ProcessError::Gone(_) => return None,
-        ProcessError::Unreadable { source, .. } => source.raw_os_error(),
-        ProcessError::Denied { .. } | ProcessError::Malformed { .. } => None,
-    };
-    // It has ended, and nobody has asked for its status yet.
-    if !same_life || errno == Some(libc::ESRCH) {
-        return None;
-    }
-    let remedy = match errno {
-        Some(libc::EMFILE | libc::ENFILE) => ": raise the limit of open files (ulimit -n)",
-        _ => "",
-    };
-    Some(format!(
-        "what it gives back is not seen, and all that it touches counts as resident (others may \
-         be so, too, and are not listed): {:#}{remedy}",
-        anyhow::Error::new(error)
-    ))
-}
-
-fn unexplained_text(grown_bytes: u64, explained_bytes: u64) -> String {
-    format!(
-        "anonymous memory grew by {} MiB in all, of which the sites explain {} MiB: what was moved \
-         by mremap or brought in without a fault (MAP_POPULATE, mlock) is not followed",
-        grown_bytes >> 20,
-        explained_bytes >> 20
-    )
-}
-
 /// Generation of a life that the agent begins; those of the kernel side count time, too.
 fn generation() -> u32 {
     (monotonic_ns() >> 14) as u32
@@ -796,7 +606,3 @@ fn gone(pid: Pid, parent: Option<&Life>) -> Identity {
         cgroup: parent.map(|life| life.process.cgroup.clone()).unwrap_or_default(),
     }
 }
-
-#[cfg(test)]
-#[path = "watch_tests.rs"]
-mod tests;

@@ -1,0 +1,87 @@
+//! The kernel side for a session: settings, and the best stack walk that the kernel takes.
+
+use leakbpf_common::abi::StackWalk;
+
+use super::{
+    SessionError,
+    config::{Config, StackMethod, Target},
+    watch::monotonic_ns,
+};
+use crate::{
+    preflight::{host::HostFacts, kernel_version::KernelVersion, tracepoint::TracepointFormat},
+    probe::{
+        kernel::{Kernel, PageChoice, ReturnInstances, Settings},
+        planner,
+    },
+    process::{host, select::Selector, tracefs},
+    profile::Mode,
+};
+
+/// Loads the kernel side with the best walk that the kernel takes of those that will do; with the
+/// reason when it is not the best of all.
+pub fn load(config: &Config) -> Result<(Kernel, Option<String>), SessionError> {
+    let mut settings = settings(config)?;
+    const BOUNDED: (StackWalk, &str) = (StackWalk::RowsBounded, "stacks have at most 64 frames");
+    const POINTERS: (StackWalk, &str) =
+        (StackWalk::FramePointers, "stacks follow frame pointers only");
+    let (best, others): (StackWalk, &[(StackWalk, &str)]) = match config.stack {
+        StackMethod::Auto => (StackWalk::Rows, &[BOUNDED, POINTERS]),
+        StackMethod::Rows => (StackWalk::Rows, &[BOUNDED]),
+        StackMethod::RowsBounded => (StackWalk::RowsBounded, &[]),
+        StackMethod::FramePointers => (StackWalk::FramePointers, &[]),
+    };
+    settings.stack_walk = best;
+    let refusal = match Kernel::load(&settings) {
+        Ok(kernel) => return Ok((kernel, None)),
+        Err(error) => error,
+    };
+    for &(walk, what) in others {
+        settings.stack_walk = walk;
+        if let Ok(kernel) = Kernel::load(&settings) {
+            return Ok((kernel, Some(format!("{what}: {refusal}"))));
+        }
+    }
+    Err(refusal.into())
+}
+
+fn settings(config: &Config) -> Result<Settings, SessionError> {
+    Ok(Settings {
+        follow_forks: config.follow_forks,
+        watch_all: matches!(config.target, Target::Running(Selector::All)),
+        stack_walk: StackWalk::Rows,
+        max_blocks: config.max_blocks,
+        newtask_pid_offset: field_offset("task/task_newtask", "pid")?,
+        newtask_flags_offset: field_offset("task/task_newtask", "clone_flags")?,
+        exec_old_pid_offset: field_offset("sched/sched_process_exec", "old_pid")?,
+        return_instances: host::kernel_types().as_deref().and_then(ReturnInstances::find),
+        pages: match config.mode {
+            Mode::Exact | Mode::Sample { .. } => None,
+            Mode::Pages { one_in } => Some(PageChoice { interval: one_in, seed: seed() }),
+        },
+        sample_interval_bytes: match config.mode {
+            Mode::Sample { interval_bytes } => interval_bytes,
+            Mode::Exact | Mode::Pages { .. } => 0,
+        },
+    })
+}
+
+/// Where a field lies in a tracepoint's record, in bytes.
+fn field_offset(name: &'static str, field: &str) -> Result<u32, SessionError> {
+    let failed = |reason: String| SessionError::Tracepoint { name, reason };
+    let bytes = tracefs::tracepoint_format(name).map_err(|error| failed(error.to_string()))?;
+    let format = TracepointFormat::parse(&bytes).map_err(|error| failed(error.to_string()))?;
+    let field = format.field(field).map_err(|error| failed(error.to_string()))?;
+    Ok(field.offset_bytes)
+}
+
+/// Differs from session to session.
+fn seed() -> u32 {
+    use std::hash::{BuildHasher as _, RandomState};
+    RandomState::new().hash_one(monotonic_ns()) as u32
+}
+
+/// What matters to the planner of the kernel that runs here.
+pub fn planner_kernel(host: &HostFacts) -> planner::Kernel {
+    let nops = KernelVersion { major: 6, minor: 18, patch: 0 };
+    planner::Kernel { emulates_long_nops: host.version().is_some_and(|version| version >= nops) }
+}

@@ -1,0 +1,45 @@
+//! Where the result of a session goes besides the terminal.
+
+use super::{
+    SessionError,
+    config::{Config, Output},
+    hostname, unix_ns,
+};
+use crate::{
+    preflight::host::HostFacts,
+    recording::{self, SessionFacts},
+    report::{self, ReportFile},
+};
+
+/// Where the result goes; made before anything is attached, so that a full disk or a wrong path is
+/// known at once.
+pub struct OutputFile {
+    pub kind: OutputKind,
+}
+
+pub enum OutputKind {
+    None,
+    Recording(Box<recording::Writer>),
+    Report(report::Format, ReportFile),
+}
+
+impl OutputFile {
+    pub fn create(config: &Config, host: &HostFacts) -> Result<Self, SessionError> {
+        let kind = match &config.output {
+            None => OutputKind::None,
+            Some(Output::Recording(path)) => {
+                let facts = SessionFacts {
+                    mode: config.mode,
+                    started_unix_ns: unix_ns(),
+                    kernel: host.kernel_release.clone(),
+                    hostname: hostname(),
+                };
+                OutputKind::Recording(Box::new(recording::Writer::create(path, &facts)?))
+            }
+            Some(Output::Report(format, path)) => {
+                OutputKind::Report(*format, ReportFile::create(path)?)
+            }
+        };
+        Ok(Self { kind })
+    }
+}
