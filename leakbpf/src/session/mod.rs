@@ -2,7 +2,8 @@
 //!
 //! [`admission`] says who may be watched, [`watch`] knows the processes, [`placement`] their probes,
 //! [`life`] and [`space`] what code is behind a stack's addresses, [`unwinding`] what the kernel side
-//! walks stacks with; [`loading`] sets the kernel side up, [`snapshot`] turns its books into a profile.
+//! walks stacks with. [`loading`] sets the kernel side up, [`inbox`] reads its records, [`snapshot`]
+//! turns its books into a profile.
 
 mod admission;
 pub mod config;
