@@ -222,7 +222,29 @@ impl Watch {
         }
     }
 
+    /// Places what a process lacks, and what it maps meanwhile: the loader tells of libraries only
+    /// once its own probe is in place.
     fn place(&mut self, pid: Pid, maps: &Maps) -> Result<Attached, SessionError> {
+        const MOST_TURNS: usize = 4;
+        let mut attached = self.place_mapped(pid, maps)?;
+        let mut known = maps.clone();
+        let mut placed = attached.probes;
+        for _ in 0..MOST_TURNS {
+            let now = Maps::of(pid).unwrap_or_default();
+            if placed == 0 || now.is_empty() || now.same_code(&known) {
+                break;
+            }
+            let more = self.place_mapped(pid, &now)?;
+            placed = more.probes;
+            attached.functions += more.functions;
+            attached.probes += more.probes;
+            attached.looked_at = more.looked_at;
+            known = now;
+        }
+        Ok(attached)
+    }
+
+    fn place_mapped(&mut self, pid: Pid, maps: &Maps) -> Result<Attached, SessionError> {
         // A process that dies right after its first block takes its mapped files along, and with
         // them the names of its functions.
         for file in maps.executable_files() {
