@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 
 use leakbpf_tests::{
     Allocator, Leakbpf, Target, assert_exact, assert_exact_with_oracle, assert_heap_equals,
-    c_program,
+    c_program, wait_until_probed,
 };
 
 /// The agent says so once the probes hang on another thread.
@@ -119,6 +119,8 @@ fn assert_new_life_after(command: &str) {
     assert_eq!(target.line(), "ready", "the program became itself again");
     if command == "thread_exec" {
         session.wait_until_stderr_has(PROBES_MOVED);
+        // The new program's C library may come after that.
+        wait_until_probed(target.pid(), "libc.so.6");
     }
     target.run("make 30 777");
     let books = target.books();
