@@ -9,7 +9,7 @@ use std::{
         atomic::{AtomicBool, AtomicIsize, AtomicU64, AtomicUsize, Ordering},
         mpsc::{Receiver, Sender, channel},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use aya::maps::MapData;
@@ -92,6 +92,8 @@ impl UnwindMaps {
     pub fn load(&self, tables: Vec<UnloadedTable>) {
         /// A tenth of what compiling a small table takes.
         const LOOK_AGAIN: Duration = Duration::from_micros(20);
+        /// Stacks are worse without a table, and a session that hangs is worse than that.
+        const PATIENCE: Duration = Duration::from_secs(2);
         // The kernel takes them in this order.
         let Some(last) = tables.last().map(|table| position(table.serial)) else { return };
         let outer = Arc::clone(&self.tables);
@@ -114,7 +116,11 @@ impl UnwindMaps {
                 refusal.store(true, Ordering::Relaxed);
             }
         }));
-        while !refused.load(Ordering::Relaxed) && !matches!(self.tables.get(&last), Ok(Some(_))) {
+        let began = Instant::now();
+        while !refused.load(Ordering::Relaxed)
+            && !matches!(self.tables.get(&last), Ok(Some(_)))
+            && began.elapsed() < PATIENCE
+        {
             std::thread::sleep(LOOK_AGAIN);
         }
     }
@@ -174,6 +180,7 @@ impl Loaders {
         loaders
     }
 
+    /// Adds a thread, unless there are enough or the machine has none to give.
     fn add(&self) {
         if self.threads.fetch_add(1, Ordering::Relaxed) >= LOADERS_MAX {
             self.threads.fetch_sub(1, Ordering::Relaxed);
@@ -182,7 +189,7 @@ impl Loaders {
         let waiting = Arc::clone(&self.waiting);
         let idle = Arc::clone(&self.idle);
         idle.fetch_add(1, Ordering::Relaxed);
-        std::thread::spawn(move || {
+        let work = move || {
             priority::raise();
             loop {
                 // The lock is held by the one that waits, and given back with the job.
@@ -191,12 +198,20 @@ impl Loaders {
                 job();
                 idle.fetch_add(1, Ordering::Relaxed);
             }
-        });
+        };
+        if std::thread::Builder::new().name("tables".to_owned()).spawn(work).is_err() {
+            self.threads.fetch_sub(1, Ordering::Relaxed);
+            self.idle.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 
     fn run(&self, job: Job) {
         if self.idle.fetch_sub(1, Ordering::Relaxed) <= 0 {
             self.add();
+        }
+        if self.threads.load(Ordering::Relaxed) == 0 {
+            self.idle.fetch_add(1, Ordering::Relaxed);
+            return job();
         }
         // They receive until this is dropped.
         let _ = self.jobs.send(job);

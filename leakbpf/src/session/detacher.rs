@@ -10,7 +10,7 @@ use crate::probe::attach::Link;
 /// A thread that takes probes away, one after the other. Dropping it waits for the last one.
 #[derive(Default)]
 pub struct Detacher {
-    thread: Option<(std::sync::mpsc::Sender<Vec<Link>>, std::thread::JoinHandle<()>)>,
+    thread: Option<Thread>,
     pending: Arc<AtomicUsize>,
 }
 
@@ -24,20 +24,15 @@ impl Detacher {
             return;
         }
         self.pending.fetch_add(links.len(), Ordering::Relaxed);
-        let pending = &self.pending;
-        let (sender, _) = self.thread.get_or_insert_with(|| {
-            let (sender, receiver) = std::sync::mpsc::channel::<Vec<Link>>();
-            let pending = pending.clone();
-            let thread = std::thread::spawn(move || {
-                for link in receiver.into_iter().flatten() {
-                    drop(link);
-                    pending.fetch_sub(1, Ordering::Relaxed);
-                }
-            });
-            (sender, thread)
-        });
-        // It receives until it is dropped.
-        let _ = sender.send(links);
+        if self.thread.is_none() {
+            self.thread = start(Arc::clone(&self.pending)).ok();
+        }
+        match &self.thread {
+            // It receives until it is dropped.
+            Some((sender, _)) => drop(sender.send(links)),
+            // The machine has no thread to give: then it takes its time here.
+            None => take_away(links, &self.pending),
+        }
     }
 }
 
@@ -48,5 +43,20 @@ impl Drop for Detacher {
             // It only closes descriptors, and has nothing to say.
             let _ = thread.join();
         }
+    }
+}
+
+type Thread = (std::sync::mpsc::Sender<Vec<Link>>, std::thread::JoinHandle<()>);
+
+fn start(pending: Arc<AtomicUsize>) -> std::io::Result<Thread> {
+    let (sender, receiver) = std::sync::mpsc::channel::<Vec<Link>>();
+    let work = move || receiver.into_iter().for_each(|links| take_away(links, &pending));
+    Ok((sender, std::thread::Builder::new().name("detacher".to_owned()).spawn(work)?))
+}
+
+fn take_away(links: Vec<Link>, pending: &AtomicUsize) {
+    for link in links {
+        drop(link);
+        pending.fetch_sub(1, Ordering::Relaxed);
     }
 }
