@@ -100,8 +100,29 @@ pub mod process_flags {
 pub struct Control {
     /// 0: every program returns at once.
     pub enabled: u64,
-    /// Probe hits, for the agent's rate display. Written only by the agent's sum of the per-CPU map.
-    pub reserved: u64,
+    /// 0: those at allocator functions do.
+    pub calls: u64,
+}
+
+/// What the programs at allocator functions have cost; the only entry of the per-CPU cost map.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Cost {
+    /// How often one ran.
+    pub hits: u64,
+    /// The one that is timed next.
+    pub next_timed: u64,
+    /// How many were timed, and how long those took.
+    pub timed: u64,
+    pub timed_ns: u64,
+}
+
+impl Cost {
+    /// A program is timed once in so many hits, at least; at most once in twice as many less one. No
+    /// pattern of calls is in step with it.
+    pub const TIMED_EVERY: u64 = 32;
+    /// A program that took longer was interrupted.
+    pub const MOST_TIMED_NS: u64 = 1 << 20;
 }
 
 /// What a probed function does with memory.
@@ -279,8 +300,8 @@ impl Loss {
 #[repr(u32)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Tally {
-    /// Probe hits of watched processes.
-    Hits = 16,
+    /// Page faults that were looked at.
+    PagesTouched = 16,
     /// Frees of blocks that were allocated before the session began (or through a nested call).
     UnknownFrees = 17,
     /// Calls in flight that never returned (`longjmp`, an exception, the thread's end).

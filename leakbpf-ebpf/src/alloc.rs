@@ -12,7 +12,7 @@ use aya_ebpf::{
     programs::{ProbeContext, RetProbeContext},
 };
 use leakbpf_common::{
-    abi::{Cookie, Loss, Owner, RegisterSlot, Tally},
+    abi::{Cookie, Loss, Owner, RegisterSlot},
     ledger::{self, Call, ThreadState},
     unwind::Registers,
 };
@@ -20,7 +20,7 @@ use leakbpf_common::{
 use crate::{
     books::KernelBooks,
     maps::{self, THREADS, settings},
-    processes, stack,
+    meter, processes, stack,
 };
 
 /// A thread with nothing in flight. In read-only data: it would fill half of a BPF stack.
@@ -29,21 +29,21 @@ static IDLE: ThreadState = ThreadState::new(Owner(0));
 /// An allocation, reallocation or resize begins.
 #[uprobe]
 pub fn alloc_enter(ctx: ProbeContext) -> u32 {
-    let _ = begin(&ctx);
+    meter::run(|| begin(&ctx));
     0
 }
 
 /// A block is about to be released.
 #[uprobe]
 pub fn free_enter(ctx: ProbeContext) -> u32 {
-    let _ = release(&ctx);
+    meter::run(|| release(&ctx));
     0
 }
 
 /// An allocation, reallocation or resize returns.
 #[uretprobe]
 pub fn alloc_leave(ctx: RetProbeContext) -> u32 {
-    let _ = finish(&ctx);
+    meter::run(|| finish(&ctx));
     0
 }
 
@@ -51,7 +51,7 @@ pub fn alloc_leave(ctx: RetProbeContext) -> u32 {
 /// the unwinder meets the kernel's trampoline instead of the caller.
 #[uprobe]
 pub fn alloc_exit(ctx: ProbeContext) -> u32 {
-    let _ = finish_in_place(&ctx);
+    meter::run(|| finish_in_place(&ctx));
     0
 }
 
@@ -129,11 +129,10 @@ fn cookie(ctx: &ProbeContext) -> Option<Cookie> {
 
 #[inline(always)]
 fn begin(ctx: &ProbeContext) -> Option<()> {
-    if !maps::enabled() {
+    if !maps::counts_calls() {
         return None;
     }
     let thread = thread_state(bpf_get_current_pid_tgid())?;
-    maps::tally(Tally::Hits);
     let call = call(ctx, cookie(ctx)?);
     ledger::enter(thread, &mut KernelBooks::new(), &call);
     Some(())
@@ -141,7 +140,7 @@ fn begin(ctx: &ProbeContext) -> Option<()> {
 
 #[inline(always)]
 fn release(ctx: &ProbeContext) -> Option<()> {
-    if !maps::enabled() {
+    if !maps::counts_calls() {
         return None;
     }
     let pid_tgid = bpf_get_current_pid_tgid();
@@ -151,7 +150,6 @@ fn release(ctx: &ProbeContext) -> Option<()> {
         Some(thread) => thread.owner,
         None => processes::watched((pid_tgid >> 32) as u32)?.owner,
     };
-    maps::tally(Tally::Hits);
     let call = call(ctx, cookie(ctx)?);
     ledger::free(thread, &mut KernelBooks::new(), owner, &call);
     Some(())
@@ -200,7 +198,7 @@ fn finish_in_place(ctx: &ProbeContext) -> Option<()> {
 
 #[inline(always)]
 fn settle(ended: impl FnOnce() -> Option<Return>) -> Option<()> {
-    if !maps::enabled() {
+    if !maps::counts_calls() {
         return None;
     }
     let pid_tgid = bpf_get_current_pid_tgid();

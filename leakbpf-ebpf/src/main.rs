@@ -15,6 +15,7 @@ mod alloc;
 mod books;
 mod mappings;
 mod maps;
+mod meter;
 mod pages;
 mod processes;
 mod stack;

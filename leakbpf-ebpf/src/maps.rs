@@ -8,7 +8,7 @@ use aya_ebpf::{
 };
 use leakbpf_common::{
     abi::{
-        Block, BlockKey, COUNTERS, Control, Loss, Owner, ProcessState, SiteCounters, SiteKey,
+        Block, BlockKey, COUNTERS, Control, Cost, Loss, Owner, ProcessState, SiteCounters, SiteKey,
         StackRecord, Tally,
     },
     ledger::ThreadState,
@@ -44,6 +44,9 @@ pub static CONTROL: Array<Control> = Array::with_max_entries(1, 0);
 /// Indexed by [`Loss`] and [`Tally`].
 #[map]
 pub static COUNTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(COUNTERS, 0);
+
+#[map]
+pub static COSTS: PerCpuArray<Cost> = PerCpuArray::with_max_entries(1, 0);
 
 #[map]
 pub static RECORDS: RingBuf = RingBuf::with_byte_size(4 << 20, 0);
@@ -208,6 +211,15 @@ pub fn tally(tally: Tally) {
 pub fn enabled() -> bool {
     match CONTROL.get(0) {
         Some(control) => control.enabled != 0,
+        None => false,
+    }
+}
+
+/// Whether calls of allocators are counted at this moment.
+#[inline(always)]
+pub fn counts_calls() -> bool {
+    match CONTROL.get(0) {
+        Some(control) => control.enabled & control.calls != 0,
         None => false,
     }
 }

@@ -41,7 +41,7 @@ fn touched(ctx: &PerfEventContext) -> Option<()> {
         return None;
     }
     let process = processes::watched(tgid)?;
-    maps::tally(Tally::Hits);
+    maps::tally(Tally::PagesTouched);
     let registers = user_registers(event)?;
     let stack = stack::capture(process.owner, process.library_epoch, &registers).stack;
     let record =

@@ -55,9 +55,13 @@ pub struct RecordArgs {
     /// Start this program and trace it from its first instruction
     #[arg(last = true, value_name = "CMD")]
     pub command: Vec<OsString>,
-    /// How to count
-    #[arg(long, value_enum, default_value_t = ModeArg::Exact)]
-    pub mode: ModeArg,
+    /// How to count; auto unless given, and exact for a program that is started here
+    #[arg(long, value_enum)]
+    pub mode: Option<ModeArg>,
+    /// Of the modes `auto` and `windows`: most that the session may cost, in percent of the watched
+    /// processes' own processor time [default: 1%]
+    #[arg(long, value_name = "PERCENT", value_parser = percent)]
+    pub max_overhead: Option<u32>,
     /// Of the mode `sample`: record one block every so many bytes, on average
     #[arg(long, value_name = "SIZE", value_parser = sample_interval, default_value = "512KiB")]
     pub sample_interval: u32,
@@ -168,6 +172,9 @@ pub struct BenchFloorArgs {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum ModeArg {
+    /// Every block, while that costs no more than --max-overhead; else resident memory by the code
+    /// that touched it first, and windows
+    Auto,
     /// Every block
     Exact,
     /// Some blocks, larger ones more often, from which the rest is estimated: the probes' cost alone
@@ -175,6 +182,8 @@ pub enum ModeArg {
     /// Resident memory by the code that touched it first, from one page in some: any language and
     /// allocator, at next to no cost
     Pages,
+    /// Every block, for short times with long ones between them: what survives them, by site
+    Windows,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -253,6 +262,14 @@ fn size(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(|| format!("{text} is too large"))
 }
 
+/// In millionths.
+fn percent(text: &str) -> Result<u32, String> {
+    let wrong = || "expected a share like 1%, 0.5% or 10%".to_owned();
+    let number: f64 = text.trim_end_matches('%').trim().parse().map_err(|_| wrong())?;
+    let ppm = (number * 10_000.0).round();
+    if (1.0..=1e6).contains(&ppm) { Ok(ppm as u32) } else { Err(wrong()) }
+}
+
 fn sample_interval(text: &str) -> Result<u32, String> {
     match size(text)? {
         bytes @ 1..=sampling::MAX_INTERVAL_BYTES => Ok(bytes as u32),
@@ -296,6 +313,16 @@ mod tests {
         assert_eq!(address("1F40"), Ok(0x1f40));
         assert!(address("malloc").is_err());
         assert!(address("1ffffffffffffffff").is_err());
+    }
+
+    #[test]
+    fn shares_are_in_percent() {
+        assert_eq!(percent("1%"), Ok(10_000));
+        assert_eq!(percent("0.5"), Ok(5000));
+        assert_eq!(percent("100 %"), Ok(1_000_000));
+        for wrong in ["0", "-1%", "101%", "nan", "inf", "", "%", "one"] {
+            assert!(percent(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -23,6 +23,8 @@ pub enum Mode {
     Pages { one_in: u32 },
     /// Blocks, of which one is recorded every `interval_bytes` on average.
     Sample { interval_bytes: u32 },
+    /// What outlives the windows of time in which every block is counted.
+    Windows,
 }
 
 impl Mode {
@@ -32,13 +34,14 @@ impl Mode {
             Self::Exact => "exact",
             Self::Pages { .. } => "pages",
             Self::Sample { .. } => "sample",
+            Self::Windows => "windows",
         }
     }
 
     /// How much is chosen, as recordings call it and as a number.
     pub const fn choice(self) -> Option<(&'static str, u32)> {
         match self {
-            Self::Exact => None,
+            Self::Exact | Self::Windows => None,
             Self::Pages { one_in } => Some((Self::ONE_IN, one_in)),
             Self::Sample { interval_bytes } => Some((Self::SAMPLE_INTERVAL, interval_bytes)),
         }
@@ -52,6 +55,7 @@ impl Mode {
         let up_to = |most, key| choice(key).filter(|number| (1..=most).contains(number));
         match name {
             "exact" => Some(Self::Exact),
+            "windows" => Some(Self::Windows),
             "pages" => Some(Self::Pages { one_in: up_to(Self::MAX_ONE_IN, Self::ONE_IN)? }),
             "sample" => {
                 let most = sampling::MAX_INTERVAL_BYTES as u32;
@@ -67,8 +71,27 @@ impl Mode {
     /// What is counted.
     pub const fn noun(self) -> &'static str {
         match self {
-            Self::Exact | Self::Sample { .. } => "block",
+            Self::Exact | Self::Sample { .. } | Self::Windows => "block",
             Self::Pages { .. } => "page",
+        }
+    }
+
+    /// Whether a profile of this mode has sites of a kind.
+    pub const fn shows(self, kind: SiteKind) -> bool {
+        match (self, kind) {
+            (_, SiteKind::Survivor) => true,
+            (Self::Windows, _) => false,
+            (Self::Pages { .. }, kind) => matches!(kind, SiteKind::Resident),
+            (Self::Exact | Self::Sample { .. }, kind) => !matches!(kind, SiteKind::Resident),
+        }
+    }
+
+    /// Whether sites of a kind add up to what the mode tells of. The rest stands beside it.
+    pub const fn counts(self, kind: SiteKind) -> bool {
+        match (self, kind) {
+            (Self::Windows, SiteKind::Survivor) => true,
+            (Self::Windows, _) | (_, SiteKind::Survivor) => false,
+            (_, kind) => kind.belongs_to_totals(),
         }
     }
 
@@ -103,11 +126,19 @@ pub enum SiteKind {
     AllocatorMapping,
     /// Pages that were touched and are resident, whatever they were asked for as.
     Resident,
+    /// Blocks that outlive the windows in which they are made: see [`Windows`].
+    Survivor,
 }
 
 impl SiteKind {
-    pub const ALL: [Self; 5] =
-        [Self::Heap, Self::Mapping, Self::ThreadStack, Self::AllocatorMapping, Self::Resident];
+    pub const ALL: [Self; 6] = [
+        Self::Heap,
+        Self::Mapping,
+        Self::ThreadStack,
+        Self::AllocatorMapping,
+        Self::Resident,
+        Self::Survivor,
+    ];
 
     /// As recordings and reports write it.
     pub const fn name(self) -> &'static str {
@@ -117,12 +148,13 @@ impl SiteKind {
             Self::ThreadStack => "thread_stack",
             Self::AllocatorMapping => "allocator_mapping",
             Self::Resident => "resident",
+            Self::Survivor => "survivor",
         }
     }
 
     /// Memory that the program asked for. The rest is how its allocator gets it from the kernel,
     /// which would be counted twice.
-    pub const fn belongs_to_totals(self) -> bool {
+    const fn belongs_to_totals(self) -> bool {
         !matches!(self, Self::AllocatorMapping)
     }
 }
@@ -358,6 +390,56 @@ impl BlockFilter {
     }
 }
 
+/// The windows of time in which every call of an allocator was counted. What was allocated in the
+/// first half of one and was not released in the second has *survived*. [`SiteKind::Survivor`] holds
+/// what survived, for the whole session: as if all of it had been like the windows.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Windows {
+    pub count: u32,
+    /// How long they were open, together.
+    pub open_ns: u64,
+    /// Their first halves, together.
+    pub early_ns: u64,
+    /// Of what survived at all sites together.
+    pub bytes_variance: f64,
+    pub count_variance: f64,
+}
+
+/// The variances are sums of numbers.
+impl Eq for Windows {}
+
+impl Windows {
+    /// How long a block lives, at the least, that survives; on average over the windows.
+    pub fn survival_ns(&self) -> u64 {
+        (self.open_ns - self.early_ns.min(self.open_ns)) / u64::from(self.count.max(1))
+    }
+}
+
+/// What the session cost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Cost {
+    /// Most of the watched processes' own time that it was to cost, in millionths.
+    pub limit_ppm: Option<u32>,
+    /// Processor time of the watched processes while they were watched, this cost included.
+    pub target_cpu_ns: u64,
+    /// Runs of programs at allocator functions.
+    pub hits: u64,
+    /// What these and the page faults that were looked at took of it, estimated.
+    pub spent_ns: u64,
+    /// Processor time of leakbpf itself.
+    pub agent_cpu_ns: u64,
+    /// Its largest resident set.
+    pub agent_peak_rss_bytes: u64,
+}
+
+impl Cost {
+    /// Cost as a share of the processes' own time.
+    pub fn share(&self) -> Option<f64> {
+        let own = self.target_cpu_ns.saturating_sub(self.spent_ns);
+        (own > 0).then(|| self.spent_ns as f64 / own as f64)
+    }
+}
+
 /// Something worth knowing that happened during the session.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Event {
@@ -389,17 +471,43 @@ pub struct Profile {
     /// What could not be seen, by name; every known name is present, zero when all is well.
     pub losses: BTreeMap<String, u64>,
     pub events: Vec<Event>,
+    /// Where there were any.
+    pub windows: Option<Windows>,
+    pub cost: Cost,
 }
 
 impl Profile {
-    /// Sum over the memory that the program asked for: see [`SiteKind::belongs_to_totals`].
+    /// Sum over the sites that [`Mode::counts`].
     pub fn totals(&self) -> Counters {
-        self.sum(SiteKind::belongs_to_totals)
+        self.sum(|kind| self.mode.counts(kind))
     }
 
     /// Sum over what allocators hold from the kernel to serve the heap.
     pub fn allocator_totals(&self) -> Counters {
-        self.sum(|kind| !kind.belongs_to_totals())
+        self.sum(|kind| kind == SiteKind::AllocatorMapping)
+    }
+
+    /// Sum over what survived windows.
+    pub fn survivor_totals(&self) -> Counters {
+        self.sum(|kind| kind == SiteKind::Survivor)
+    }
+
+    /// Where the sum of a kind's sites really lies.
+    pub fn totals_interval(&self) -> Option<Interval> {
+        match self.mode {
+            Mode::Windows => self.survivors_interval(),
+            _ => self.interval(&self.totals()),
+        }
+    }
+
+    /// Where the sum of the survivors really lies: what survives at one site and at another does so
+    /// in the same windows.
+    pub fn survivors_interval(&self) -> Option<Interval> {
+        let windows = self.windows?;
+        let mut totals = self.survivor_totals();
+        totals.spread.bytes_variance = windows.bytes_variance;
+        totals.spread.count_variance = windows.count_variance;
+        Interval::of_windows(&totals, windows.count)
     }
 
     /// How many allocations and mappings had a stack that ended so; every outcome is present.
@@ -415,6 +523,9 @@ impl Profile {
 
     /// Where the live memory of a site really lies; `None` when it is known.
     pub fn site_interval(&self, site: &Site) -> Option<Interval> {
+        if site.kind == SiteKind::Survivor {
+            return Interval::of_windows(&site.counters, self.windows?.count);
+        }
         let counted = matches!(self.mode, Mode::Sample { .. }) && site.kind != SiteKind::Heap;
         if counted { None } else { self.interval(&site.counters) }
     }
@@ -422,7 +533,7 @@ impl Profile {
     /// Where the live memory really lies of which `counters`, a sum over sites, tells.
     pub fn interval(&self, counters: &Counters) -> Option<Interval> {
         match self.mode {
-            Mode::Exact => None,
+            Mode::Exact | Mode::Windows => None,
             Mode::Pages { one_in } => Some(Interval::of_pages(counters, one_in)),
             Mode::Sample { interval_bytes } => Some(Interval::of_samples(counters, interval_bytes)),
         }
@@ -447,7 +558,7 @@ impl Profile {
     /// Counts as live only the blocks that `filter` keeps. Every live block must be passed.
     /// What was allocated and freed stays as it is.
     pub fn restrict(&mut self, filter: BlockFilter, blocks: impl IntoIterator<Item = Block>) {
-        for site in &mut self.sites {
+        for site in self.sites.iter_mut().filter(|site| site.is_made_of_blocks()) {
             site.clear_live();
         }
         let mode = self.mode;
@@ -462,6 +573,11 @@ impl Profile {
 }
 
 impl Site {
+    /// Whether what is live are blocks that can be listed, not what windows let expect.
+    pub fn is_made_of_blocks(&self) -> bool {
+        self.kind != SiteKind::Survivor
+    }
+
     /// Forgets what is live, so that it can be counted anew.
     pub fn clear_live(&mut self) {
         self.counters.clear_live();

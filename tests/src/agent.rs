@@ -114,6 +114,12 @@ impl Leakbpf {
             Some(caches) => command.env("XDG_CACHE_HOME", caches),
             None => command.arg("--no-cache"),
         };
+        // Tests compare with what happened, block by block, unless they are about another mode.
+        let mode_given =
+            self.arguments.iter().any(|it| it.starts_with("--mode") || it == "--max-overhead");
+        if !mode_given {
+            command.args(["--mode", "exact"]);
+        }
         if !self.command.is_empty() {
             command.arg("--").args(&self.command);
         }

@@ -4,9 +4,9 @@ use std::{hint::black_box, io::Write as _, time::Duration};
 
 use anyhow::Context as _;
 use leakbpf::{
-    profile::{BlockFilter, Mode},
+    profile::BlockFilter,
     report::Sort,
-    session::config::{Config, StackMethod, Target},
+    session::config::{Config, Method, StackMethod, Target},
 };
 
 use super::{Failure, record};
@@ -27,7 +27,7 @@ pub fn run() -> Result<u8, Failure> {
             program: program.into_os_string(),
             arguments: vec!["demo-target".into()],
         },
-        mode: Mode::Exact,
+        method: Method::Exact,
         duration: None,
         output: None,
         filter: BlockFilter::default(),

@@ -3,11 +3,11 @@
 use anyhow::{Context as _, bail};
 use leakbpf::{
     process::{Pid, select::Selector},
-    profile::{BlockFilter, Mode},
+    profile::BlockFilter,
     report::Format,
     session::{
         self,
-        config::{Config, Output, StackMethod, Target},
+        config::{Config, Limit, Method, Output, StackMethod, Target},
     },
 };
 
@@ -29,19 +29,36 @@ pub fn run_session(config: &Config) -> Result<u8, Failure> {
     Ok(local.block_on(&runtime, session::run(config))?)
 }
 
+/// What a session may cost unless somebody says otherwise: 1 %.
+const DEFAULT_MAX_OVERHEAD_PPM: u32 = 10_000;
+
 fn config(args: RecordArgs) -> anyhow::Result<Config> {
-    let mode = match args.mode {
-        ModeArg::Exact => Mode::Exact,
-        ModeArg::Sample => Mode::Sample { interval_bytes: args.sample_interval },
-        ModeArg::Pages => Mode::Pages { one_in: args.page_interval },
+    let target = target(args.pids, args.name, args.cgroup, args.all, args.command)?;
+    let mode = args.mode.unwrap_or(match target {
+        Target::Running(_) => ModeArg::Auto,
+        // Whoever starts a program to watch it wants to know all, and no service waits.
+        Target::Program { .. } if args.max_overhead.is_none() => ModeArg::Exact,
+        Target::Program { .. } => ModeArg::Auto,
+    });
+    let limit = Limit { ppm: args.max_overhead.unwrap_or(DEFAULT_MAX_OVERHEAD_PPM) };
+    let method = match mode {
+        ModeArg::Auto => Method::Auto { limit, one_in: args.page_interval },
+        ModeArg::Windows => Method::Windows { limit },
+        _ if args.max_overhead.is_some() => bail!(
+            "--max-overhead is kept by --mode auto and --mode windows alone: leave --mode out, or \
+             --max-overhead"
+        ),
+        ModeArg::Exact => Method::Exact,
+        ModeArg::Sample => Method::Sample { interval_bytes: args.sample_interval },
+        ModeArg::Pages => Method::Pages { one_in: args.page_interval },
     };
     let output = args.output.map(|path| match Format::from_path(&path) {
         Some(format) => Output::Report(format, path),
         None => Output::Recording(path),
     });
     Ok(Config {
-        mode,
-        target: target(args.pids, args.name, args.cgroup, args.all, args.command)?,
+        method,
+        target,
         duration: args.duration,
         output,
         filter: BlockFilter {

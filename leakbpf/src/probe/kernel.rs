@@ -9,8 +9,8 @@ use aya::{
 };
 use leakbpf_common::{
     abi::{
-        Block, BlockKey, Control, Loss, Outcome, ProcessState, SiteCounters, SiteKey, StackWalk,
-        Tally,
+        Block, BlockKey, Control, Cost, Loss, Outcome, ProcessState, SiteCounters, SiteKey,
+        StackWalk, Tally,
     },
     ledger::ThreadState,
     pages,
@@ -41,7 +41,9 @@ pub struct Settings {
     /// Byte offset of `old_pid` in the record of `sched:sched_process_exec`.
     pub exec_old_pid_offset: u32,
     pub return_instances: Option<ReturnInstances>,
-    /// What is seen are pages instead of allocator functions.
+    /// Allocator functions are probed.
+    pub probes: bool,
+    /// Page faults are looked at.
     pub pages: Option<PageChoice>,
     /// Bytes from one recorded block to the next, on average; 0 records every block.
     pub sample_interval_bytes: u32,
@@ -182,12 +184,19 @@ pub enum MappingEvents {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Counts {
     pub losses: [u64; Loss::ALL.len()],
-    pub hits: u64,
+    pub pages_touched: u64,
     pub unknown_frees: u64,
     pub abandoned_calls: u64,
     /// Stacks walked, by [`Outcome`].
     pub outcomes: [u64; Outcome::ALL.len()],
 }
+
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct CostEntry(Cost);
+
+// SAFETY: integers without padding.
+unsafe impl aya::Pod for CostEntry {}
 
 pub struct Kernel {
     ebpf: Ebpf,
@@ -200,6 +209,7 @@ pub struct Kernel {
     pub carriers: Table<u32, u32>,
     control: Table<u32, Control>,
     counts: PerCpuArray<MapData, u64>,
+    costs: PerCpuArray<MapData, CostEntry>,
     tracepoints: Vec<Link>,
     page_faults: Vec<Link>,
 }
@@ -261,6 +271,7 @@ impl Kernel {
             .map_max_entries("BLOCKS", settings.max_blocks);
         let mut ebpf = loader.load(OBJECT).map_err(load_error)?;
         let counts = PerCpuArray::try_from(take_map(&mut ebpf, "COUNTS")?).map_err(load_error)?;
+        let costs = PerCpuArray::try_from(take_map(&mut ebpf, "COSTS")?).map_err(load_error)?;
         let blocks = table(&mut ebpf, "BLOCKS")?;
         let sites = table(&mut ebpf, "SITES")?;
         let threads = table(&mut ebpf, "THREADS")?;
@@ -282,12 +293,15 @@ impl Kernel {
             carriers,
             control,
             counts,
+            costs,
             tracepoints: Vec::new(),
             page_faults: Vec::new(),
         };
         let failed = |program| move |error| KernelError::Program { program, reason: chain(&error) };
         if settings.pages.is_some() {
             kernel.program::<PerfEvent>(PAGE_FAULT)?.load().map_err(failed(PAGE_FAULT))?;
+        }
+        if !settings.probes {
             return Ok(kernel);
         }
         for program in Program::ALL {
@@ -418,13 +432,23 @@ impl Kernel {
             .map_err(|error| failed(error.to_string()))
     }
 
-    /// Begins or stops counting. After stopping, no program is in the middle of anything.
+    /// Begins or stops counting.
     pub fn enable(&self, on: bool) -> Result<(), KernelError> {
-        let control = Control { enabled: u64::from(on), reserved: 0 };
+        self.control(on, on)
+    }
+
+    /// Begins or stops counting calls of allocators; whatever else is seen goes on.
+    pub fn count_calls(&self, on: bool) -> Result<(), KernelError> {
+        self.control(true, on)
+    }
+
+    /// After stopping, no program is in the middle of anything.
+    fn control(&self, enabled: bool, calls: bool) -> Result<(), KernelError> {
+        let control = Control { enabled: enabled.into(), calls: calls.into() };
         self.control
             .set(&0, control)
             .map_err(|source| KernelError::Map { map: "CONTROL", source })?;
-        if !on {
+        if !enabled || !calls {
             // membarrier(2), MEMBARRIER_CMD_GLOBAL: waits for an RCU grace period, and programs
             // run inside RCU read sections.
             // SAFETY: no pointers are passed.
@@ -437,6 +461,21 @@ impl Kernel {
         Ok(())
     }
 
+    /// What the programs at allocator functions have cost so far.
+    pub fn cost(&self) -> Result<Cost, KernelError> {
+        let values = self
+            .costs
+            .get(&0, 0)
+            .map_err(|error| KernelError::Map { map: "COSTS", source: io::Error::other(error) })?;
+        let mut sum = Cost::default();
+        for CostEntry(cost) in values.iter() {
+            sum.hits += cost.hits;
+            sum.timed += cost.timed;
+            sum.timed_ns += cost.timed_ns;
+        }
+        Ok(sum)
+    }
+
     pub fn counts(&self) -> Result<Counts, KernelError> {
         let sum = |index: u32| -> Result<u64, KernelError> {
             let values = self.counts.get(&index, 0).map_err(|error| KernelError::Map {
@@ -446,7 +485,7 @@ impl Kernel {
             Ok(values.iter().sum())
         };
         let mut counts = Counts {
-            hits: sum(Tally::Hits as u32)?,
+            pages_touched: sum(Tally::PagesTouched as u32)?,
             unknown_frees: sum(Tally::UnknownFrees as u32)?,
             abandoned_calls: sum(Tally::AbandonedCalls as u32)?,
             ..Counts::default()

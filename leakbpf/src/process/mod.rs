@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::PathBuf;
 
+pub mod cpu_time;
 pub mod exit;
 pub mod host;
 pub mod launch;

@@ -145,6 +145,39 @@ impl Interval {
     }
 }
 
+impl Interval {
+    /// Of what survived so many windows: the mean of a few, whose variance is known from themselves
+    /// alone (Student's t). One window says nothing of others.
+    pub fn of_windows(counters: &Counters, windows: u32) -> Option<Self> {
+        let deviations = student_deviations(windows.checked_sub(1)?)?;
+        let ends = |estimate: u64, variance: f64| {
+            let width = deviations * variance.max(0.0).sqrt();
+            let estimate = estimate as f64;
+            ((estimate - width).max(0.0).floor() as u64, (estimate + width).ceil() as u64)
+        };
+        Some(Self {
+            bytes: ends(counters.live_bytes, counters.spread.bytes_variance),
+            count: ends(counters.live_count, counters.spread.count_variance),
+        })
+    }
+}
+
+/// Standard deviations to either side that [`CONFIDENCE_PERCENT`] of Student's t distribution lie
+/// within; `None` without a degree of freedom.
+fn student_deviations(freedom: u32) -> Option<f64> {
+    const FEW: [f64; 4] = [12.706_2, 4.302_65, 3.182_45, 2.776_45];
+    let index = usize::try_from(freedom).ok()?.checked_sub(1)?;
+    if let Some(known) = FEW.get(index) {
+        return Some(*known);
+    }
+    // Cornish and Fisher's expansion (Abramowitz and Stegun 26.7.5).
+    let (z, n) = (DEVIATIONS, f64::from(freedom));
+    let first = (z.powi(3) + z) / 4.0;
+    let second = (5.0 * z.powi(5) + 16.0 * z.powi(3) + 3.0 * z) / 96.0;
+    let third = (3.0 * z.powi(7) + 19.0 * z.powi(5) + 17.0 * z.powi(3) - 15.0 * z) / 384.0;
+    Some(z + first / n + second / (n * n) + third / n.powi(3))
+}
+
 fn score_ends(estimate: f64, variance: f64, none: f64) -> (f64, f64) {
     if estimate <= 0.0 {
         return (0.0, none);
@@ -215,6 +248,23 @@ mod tests {
             let what = format!("{small} small, {huge} huge, 1 in {one_in}: {share}");
             assert!((0.93..=0.985).contains(&share), "{what}");
         }
+    }
+
+    #[test]
+    fn few_windows_say_little() {
+        for (freedom, expected) in
+            [(1, 12.706), (4, 2.776), (5, 2.571), (10, 2.228), (30, 2.042), (1000, 1.962)]
+        {
+            let found = student_deviations(freedom).expect("known");
+            assert!((found - expected).abs() < 0.004, "{freedom}: {found}");
+        }
+        let mut counters = Counters { live_bytes: 1000, ..Counters::default() };
+        counters.spread.bytes_variance = 100.0;
+        assert_eq!(Interval::of_windows(&counters, 0), None);
+        assert_eq!(Interval::of_windows(&counters, 1), None);
+        let of = |windows| Interval::of_windows(&counters, windows).expect("some").bytes;
+        assert_eq!(of(2), (872, 1128));
+        assert_eq!(of(1001), (980, 1020));
     }
 
     /// SplitMix64 (Steele, Lea, Flood 2014): the same numbers everywhere.

@@ -205,7 +205,53 @@ pub fn server() -> Profile {
             pid: Some(4400),
             text: "forked from 4321".to_owned(),
         }],
+        windows: None,
+        cost: Cost {
+            limit_ppm: None,
+            target_cpu_ns: 20 * SECOND,
+            hits: 1_234_567,
+            spent_ns: 2 * SECOND,
+            agent_cpu_ns: SECOND / 4,
+            agent_peak_rss_bytes: 40 << 20,
+        },
     }
+}
+
+/// Resident pages, and what survived windows: what `auto` gives of a busy process.
+pub fn auto() -> Profile {
+    let mut profile = pages();
+    let mut survivors = server().sites;
+    survivors.truncate(2);
+    for (site, (bytes, count, variance)) in
+        survivors.iter_mut().zip([(31_457_280, 30_720, 4e12), (4096, 4, 0.0)])
+    {
+        site.kind = SiteKind::Survivor;
+        site.oldest_age_ns = None;
+        site.youngest_age_ns = None;
+        site.counters = counters((bytes, count), (bytes / 2, count / 2));
+        site.counters.spread.bytes_variance = variance;
+        site.counters.spread.count_variance = variance / 1e6;
+    }
+    profile.sites.extend(survivors);
+    profile.windows = Some(Windows {
+        count: 7,
+        open_ns: SECOND / 2,
+        early_ns: SECOND / 4,
+        bytes_variance: 4e12,
+        count_variance: 4e6,
+    });
+    profile.cost.limit_ppm = Some(10_000);
+    profile.cost.spent_ns = SECOND / 5;
+    profile
+}
+
+/// What survived windows, alone.
+pub fn windows() -> Profile {
+    let mut profile = auto();
+    profile.mode = Mode::Windows;
+    profile.sites.retain(|site| site.kind == SiteKind::Survivor);
+    profile.blocks.clear();
+    profile
 }
 
 /// One page in 16 of a process was looked at: small pages, huge ones, and a site with little.
@@ -474,6 +520,8 @@ pub fn any_profile() -> impl Strategy<Value = Profile> {
                     .into_iter()
                     .map(|(at_ns, pid, text)| Event { at_ns, pid, text })
                     .collect(),
+                windows: None,
+                cost: Cost { spent_ns: facts.1 / 3, target_cpu_ns: facts.1, ..Cost::default() },
             }
         })
 }

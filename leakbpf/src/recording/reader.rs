@@ -2,6 +2,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,11 +12,11 @@ use rusqlite::{Connection, OpenFlags};
 
 use super::error::ReadError;
 use super::row::{Fault, RowReader};
-use super::schema;
+use super::schema::{self, meta};
 use crate::profile::estimate::Spread;
 use crate::profile::{
-    Block, BlockFilter, Counters, Event, Frame, Mode, Module, ModuleId, Process, ProcessId,
-    Profile, Site, SiteId, SiteKind, StackOutcome, Symbol,
+    Block, BlockFilter, Cost, Counters, Event, Frame, Mode, Module, ModuleId, Process, ProcessId,
+    Profile, Site, SiteId, SiteKind, StackOutcome, Symbol, Windows,
 };
 
 /// Longest single text. Longer than any name, and short enough to hold one.
@@ -76,8 +77,8 @@ impl Reader {
 
     /// The last snapshot.
     pub fn profile(&self, options: LoadOptions) -> Result<Profile, ReadError> {
-        let facts = self.facts()?;
         let snapshot = self.last_snapshot()?;
+        let facts = self.facts()?;
         let wants_blocks = options.with_blocks || !options.filter.keeps_all();
         if wants_blocks && !snapshot.is_final {
             return Err(ReadError::NoBlocks { path: self.path.clone() });
@@ -90,7 +91,7 @@ impl Reader {
         if wants_blocks {
             let filter = options.filter;
             if !filter.keeps_all() {
-                sites.iter_mut().for_each(Site::clear_live);
+                sites.iter_mut().filter(|site| site.is_made_of_blocks()).for_each(Site::clear_live);
             }
             self.blocks(&snapshot, &ids, |id, mut block| {
                 let site = sites.get_mut(id.0)?;
@@ -120,6 +121,8 @@ impl Reader {
             blocks,
             losses: self.losses()?,
             events: self.events()?,
+            windows: facts.windows,
+            cost: facts.cost,
         })
     }
 
@@ -159,12 +162,59 @@ impl Reader {
         let mode =
             mode.and_then(|name| Mode::from_name(&name, |key| others.get(key)?.parse().ok()));
         match (mode, started_unix_ns) {
-            (Some(mode), Some(started_unix_ns)) => {
-                Ok(Facts { mode, started_unix_ns, kernel, hostname })
-            }
+            (Some(mode), Some(started_unix_ns)) => Ok(Facts {
+                mode,
+                started_unix_ns,
+                kernel,
+                hostname,
+                windows: self.windows(&others)?,
+                cost: self.cost(&others)?,
+            }),
             (None, _) => Err(self.damaged("meta: no mode that is known".to_owned())),
             (_, None) => Err(self.damaged("meta: no started_unix_ns".to_owned())),
         }
+    }
+
+    fn windows(&self, facts: &HashMap<String, String>) -> Result<Option<Windows>, ReadError> {
+        let variance = |key: &str| -> Result<f64, ReadError> {
+            let text = facts.get(key).map_or("0", String::as_str);
+            let number = text.parse().ok().filter(|number: &f64| *number >= 0.0);
+            number
+                .filter(|number| number.is_finite())
+                .ok_or_else(|| self.damaged(format!("meta: {key} is no variance")))
+        };
+        let Some(count) = self.fact(facts, meta::WINDOWS)? else { return Ok(None) };
+        Ok(Some(Windows {
+            count,
+            open_ns: self.fact(facts, meta::WINDOWS_OPEN_NS)?.unwrap_or(0),
+            early_ns: self.fact(facts, meta::WINDOWS_EARLY_NS)?.unwrap_or(0),
+            bytes_variance: variance(meta::SURVIVED_BYTES_VARIANCE)?,
+            count_variance: variance(meta::SURVIVED_COUNT_VARIANCE)?,
+        }))
+    }
+
+    fn cost(&self, facts: &HashMap<String, String>) -> Result<Cost, ReadError> {
+        let number = |key| self.fact(facts, key).map(Option::unwrap_or_default);
+        Ok(Cost {
+            limit_ppm: self.fact(facts, meta::MAX_OVERHEAD_PPM)?,
+            target_cpu_ns: number(meta::TARGET_CPU_NS)?,
+            hits: number(meta::PROBE_HITS)?,
+            spent_ns: number(meta::SPENT_NS)?,
+            agent_cpu_ns: number(meta::AGENT_CPU_NS)?,
+            agent_peak_rss_bytes: number(meta::AGENT_PEAK_RSS_BYTES)?,
+        })
+    }
+
+    /// A number of the table `meta`.
+    fn fact<T: FromStr>(
+        &self,
+        facts: &HashMap<String, String>,
+        key: &str,
+    ) -> Result<Option<T>, ReadError> {
+        let parse = |text: &String| {
+            text.parse().map_err(|_| self.damaged(format!("meta: {key} is no number")))
+        };
+        facts.get(key).map(parse).transpose()
     }
 
     fn last_snapshot(&self) -> Result<Snapshot, ReadError> {
@@ -542,6 +592,8 @@ struct Facts {
     started_unix_ns: u64,
     kernel: String,
     hostname: String,
+    windows: Option<Windows>,
+    cost: Cost,
 }
 
 struct Snapshot {

@@ -8,7 +8,22 @@ pub const SQL: &str = include_str!("schema.sql");
 pub const APPLICATION_ID: u32 = 0x4c45_414b;
 
 /// Raised with every change of [`SQL`].
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
+
+/// Keys of the table `meta` that each snapshot writes anew.
+pub mod meta {
+    pub const MAX_OVERHEAD_PPM: &str = "max_overhead_ppm";
+    pub const TARGET_CPU_NS: &str = "target_cpu_ns";
+    pub const PROBE_HITS: &str = "probe_hits";
+    pub const SPENT_NS: &str = "spent_ns";
+    pub const AGENT_CPU_NS: &str = "agent_cpu_ns";
+    pub const AGENT_PEAK_RSS_BYTES: &str = "agent_peak_rss_bytes";
+    pub const WINDOWS: &str = "windows";
+    pub const WINDOWS_OPEN_NS: &str = "windows_open_ns";
+    pub const WINDOWS_EARLY_NS: &str = "windows_early_ns";
+    pub const SURVIVED_BYTES_VARIANCE: &str = "survived_bytes_variance";
+    pub const SURVIVED_COUNT_VARIANCE: &str = "survived_count_variance";
+}
 
 /// The statements that created the tables, by table name, as SQLite keeps them.
 pub fn definitions(database: &Connection) -> rusqlite::Result<Vec<(String, String)>> {

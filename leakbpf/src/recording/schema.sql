@@ -1,6 +1,9 @@
 CREATE TABLE meta (
-  -- One fact of the session a row: mode, started_unix_ns, kernel, hostname, leakbpf (version),
-  -- one_in (mode pages), sample_interval_bytes (mode sample).
+  -- One fact of the session a row: started_unix_ns, kernel, hostname, leakbpf (version); and, as of
+  -- the last snapshot: mode, one_in (mode pages), sample_interval_bytes (mode sample);
+  -- max_overhead_ppm (the limit), target_cpu_ns, probe_hits, spent_ns (what they cost of it),
+  -- agent_cpu_ns, agent_peak_rss_bytes; windows (how many), windows_open_ns, windows_early_ns (their
+  -- first halves), survived_bytes_variance, survived_count_variance (of all survivors).
   key TEXT PRIMARY KEY NOT NULL,
   value TEXT NOT NULL
 ) WITHOUT ROWID;
@@ -59,7 +62,7 @@ CREATE TABLE site (
   id INTEGER PRIMARY KEY,
   process_id INTEGER NOT NULL REFERENCES process (id),
   stack_id INTEGER NOT NULL REFERENCES stack (id),
-  kind TEXT NOT NULL -- heap, mapping, thread_stack, allocator_mapping, resident
+  kind TEXT NOT NULL -- heap, mapping, thread_stack, allocator_mapping, resident, survivor
 );
 CREATE TABLE snapshot (
   id INTEGER PRIMARY KEY,

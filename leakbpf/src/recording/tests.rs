@@ -10,7 +10,6 @@ use crate::report::{self, Format, ReportOptions};
 
 fn facts(profile: &Profile) -> SessionFacts {
     SessionFacts {
-        mode: profile.mode,
         started_unix_ns: profile.started_unix_ns,
         kernel: profile.kernel.clone(),
         hostname: profile.hostname.clone(),
@@ -136,6 +135,41 @@ fn a_mode_that_estimates_needs_to_say_of_how_many() {
 }
 
 #[test]
+fn windows_and_costs_come_back_as_they_were_or_not_at_all() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("x.leakbpf");
+    for profile in [samples::auto(), samples::windows()] {
+        let _ = fs::remove_file(&path);
+        recorded(&path, &profile);
+        assert_eq!(loaded(&path).unwrap(), profile);
+    }
+    let change = |sql: &str| Connection::open(&path).unwrap().execute(sql, []).unwrap();
+    for sql in [
+        "UPDATE meta SET value = 'NaN' WHERE key = 'survived_bytes_variance'",
+        "UPDATE meta SET value = '-1' WHERE key = 'survived_bytes_variance'",
+        "UPDATE meta SET value = 'inf' WHERE key = 'survived_bytes_variance'",
+        "UPDATE meta SET value = '-1' WHERE key = 'windows'",
+        "UPDATE meta SET value = 'much' WHERE key = 'spent_ns'",
+    ] {
+        assert_eq!(change(sql), 1);
+        assert!(matches!(loaded(&path), Err(ReadError::Damaged { .. })), "{sql}");
+        fs::remove_file(&path).unwrap();
+        recorded(&path, &samples::windows());
+    }
+}
+
+/// `auto` shows blocks until they cost too much, then pages.
+#[test]
+fn the_mode_is_that_of_the_last_snapshot() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("x.leakbpf");
+    let mut writer = Writer::create(&path, &facts(&samples::server())).unwrap();
+    writer.snapshot(&samples::server()).unwrap();
+    writer.finish(&samples::auto(), Vec::new()).unwrap();
+    assert_eq!(loaded(&path).unwrap().mode, samples::auto().mode);
+}
+
+#[test]
 fn a_recording_cut_anywhere_is_an_error_that_names_it() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("x.leakbpf");
@@ -195,7 +229,7 @@ fn a_recording_of_another_version_names_both_versions() {
     Connection::open(&path).unwrap().pragma_update(None, "user_version", 9).unwrap();
     let error = loaded(&path).unwrap_err();
     assert!(matches!(error, ReadError::OtherVersion { found: 9, .. }));
-    assert!(error.to_string().contains("format 9, and this leakbpf reads format 2"), "{error}");
+    assert!(error.to_string().contains("format 9, and this leakbpf reads format 3"), "{error}");
 }
 
 #[test]

@@ -10,10 +10,10 @@ use rusqlite::{Connection, OpenFlags, Transaction, params};
 
 use super::error::WriteError;
 use super::interner::Interner;
-use super::schema;
+use super::schema::{self, meta};
 use crate::profile::estimate::Spread;
 use crate::profile::{
-    Block, Counters, Frame, Mode, Module, Process, Profile, Site, SiteKind, StackOutcome, Symbol,
+    Block, Counters, Frame, Module, Process, Profile, Site, SiteKind, StackOutcome, Symbol,
 };
 
 /// How many unfinished recordings of one name are kept before a new one is refused.
@@ -28,7 +28,6 @@ const NO_ROW: i64 = 0;
 /// What is known of a session when it begins.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SessionFacts {
-    pub mode: Mode,
     /// Nanoseconds after the Unix epoch.
     pub started_unix_ns: u64,
     /// `uname -r`.
@@ -116,17 +115,12 @@ impl Writer {
             database.pragma_update(None, "foreign_keys", false)?;
             database.execute_batch("BEGIN")?;
             database.execute_batch(schema::SQL)?;
-            let choice = facts.mode.choice().map(|(key, number)| (key, number.to_string()));
             for (key, value) in [
-                ("mode", facts.mode.name().to_owned()),
                 ("started_unix_ns", stored(facts.started_unix_ns).to_string()),
                 ("kernel", facts.kernel.clone()),
                 ("hostname", facts.hostname.clone()),
                 ("leakbpf", env!("CARGO_PKG_VERSION").to_owned()),
-            ]
-            .into_iter()
-            .chain(choice)
-            {
+            ] {
                 database.execute("INSERT INTO meta VALUES (?, ?)", params![key, value])?;
             }
             database.execute_batch("COMMIT")?;
@@ -231,6 +225,31 @@ fn reserve_partial(path: &Path) -> Result<PathBuf, WriteError> {
     }
 }
 
+/// What is known of the session when a snapshot is taken.
+fn facts_of(profile: &Profile) -> Vec<(&'static str, String)> {
+    let cost = &profile.cost;
+    let mut facts = vec![
+        ("mode", profile.mode.name().to_owned()),
+        (meta::TARGET_CPU_NS, stored(cost.target_cpu_ns).to_string()),
+        (meta::PROBE_HITS, stored(cost.hits).to_string()),
+        (meta::SPENT_NS, stored(cost.spent_ns).to_string()),
+        (meta::AGENT_CPU_NS, stored(cost.agent_cpu_ns).to_string()),
+        (meta::AGENT_PEAK_RSS_BYTES, stored(cost.agent_peak_rss_bytes).to_string()),
+    ];
+    facts.extend(profile.mode.choice().map(|(key, number)| (key, number.to_string())));
+    facts.extend(cost.limit_ppm.map(|ppm| (meta::MAX_OVERHEAD_PPM, ppm.to_string())));
+    if let Some(windows) = &profile.windows {
+        facts.extend([
+            (meta::WINDOWS, windows.count.to_string()),
+            (meta::WINDOWS_OPEN_NS, stored(windows.open_ns).to_string()),
+            (meta::WINDOWS_EARLY_NS, stored(windows.early_ns).to_string()),
+            (meta::SURVIVED_BYTES_VARIANCE, windows.bytes_variance.to_string()),
+            (meta::SURVIVED_COUNT_VARIANCE, windows.count_variance.to_string()),
+        ]);
+    }
+    facts
+}
+
 fn insert_blocks(
     transaction: &Transaction<'_>,
     sites: &[i64],
@@ -283,6 +302,11 @@ impl Written {
             "INSERT INTO snapshot VALUES (?, ?, ?)",
             params![self.snapshots, stored(profile.duration_ns), is_final],
         )?;
+        let mut replace =
+            transaction.prepare_cached("INSERT OR REPLACE INTO meta VALUES (?, ?)")?;
+        for (key, value) in facts_of(profile) {
+            replace.execute(params![key, value])?;
+        }
         let processes = self.processes(transaction, &profile.processes)?;
         let modules = self.modules(transaction, &profile.modules)?;
         let sites = self.sites(transaction, profile, &processes, &modules)?;

@@ -9,7 +9,7 @@ use crate::profile::Profile;
 /// `totals().live_bytes`.
 pub fn write(profile: &Profile, options: &ReportOptions, out: &mut dyn Write) -> io::Result<()> {
     for (_, site) in ranked(profile, options.sort) {
-        if !site.kind.belongs_to_totals() || site.counters.live_bytes == 0 {
+        if !profile.mode.counts(site.kind) || site.counters.live_bytes == 0 {
             continue;
         }
         let process = names::folded(&names::process_name(profile.process(site.process)));

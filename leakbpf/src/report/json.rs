@@ -42,6 +42,9 @@ struct Head<'a, S: Serialize, B: Serialize> {
     filter: Filter,
     #[serde(skip_serializing_if = "Option::is_none")]
     estimate: Option<Estimate>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    windows: Option<Windows>,
+    cost: Cost,
     processes: Vec<Process<'a>>,
     totals: Totals,
     allocator_totals: Totals,
@@ -63,6 +66,27 @@ struct Estimate {
     #[serde(skip_serializing_if = "Option::is_none")]
     sample_interval_bytes: Option<u32>,
     confidence_percent: u32,
+}
+
+/// The windows in which every call was counted, and what survived them.
+#[derive(Serialize)]
+struct Windows {
+    count: u32,
+    open_ns: u64,
+    survival_ns: u64,
+    survivors: Totals,
+}
+
+#[derive(Serialize)]
+struct Cost {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_overhead_percent: Option<f64>,
+    overhead_percent: Option<f64>,
+    target_cpu_ns: u64,
+    spent_ns: u64,
+    probe_hits: u64,
+    agent_cpu_ns: u64,
+    agent_peak_rss_bytes: u64,
 }
 
 #[derive(Serialize)]
@@ -202,6 +226,12 @@ impl Serialize for Document<'_> {
             },
             estimate: match profile.mode {
                 Mode::Exact => None,
+                Mode::Windows => Some(Estimate {
+                    unit: "survived",
+                    one_in: None,
+                    sample_interval_bytes: None,
+                    confidence_percent: CONFIDENCE_PERCENT,
+                }),
                 Mode::Pages { one_in } => Some(Estimate {
                     unit: "resident",
                     one_in: Some(one_in),
@@ -215,8 +245,23 @@ impl Serialize for Document<'_> {
                     confidence_percent: CONFIDENCE_PERCENT,
                 }),
             },
+            windows: profile.windows.map(|windows| Windows {
+                count: windows.count,
+                open_ns: windows.open_ns,
+                survival_ns: windows.survival_ns(),
+                survivors: Totals::of(&profile.survivor_totals(), profile.survivors_interval()),
+            }),
+            cost: Cost {
+                max_overhead_percent: profile.cost.limit_ppm.map(|ppm| f64::from(ppm) / 1e4),
+                overhead_percent: profile.cost.share().map(|share| share * 100.0),
+                target_cpu_ns: profile.cost.target_cpu_ns,
+                spent_ns: profile.cost.spent_ns,
+                probe_hits: profile.cost.hits,
+                agent_cpu_ns: profile.cost.agent_cpu_ns,
+                agent_peak_rss_bytes: profile.cost.agent_peak_rss_bytes,
+            },
             processes: profile.processes.iter().map(process_entry).collect(),
-            totals: Totals::of(&totals, profile.interval(&totals)),
+            totals: Totals::of(&totals, profile.totals_interval()),
             allocator_totals: Totals::of(&profile.allocator_totals(), None),
             stacks: profile
                 .stacks()

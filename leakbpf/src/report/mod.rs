@@ -16,6 +16,7 @@ pub mod folded;
 pub mod json;
 mod names;
 pub use names::printable;
+pub use units::duration;
 pub mod pprof;
 pub mod svg;
 #[cfg(test)]
@@ -139,7 +140,7 @@ fn ranked(profile: &Profile, sort: Sort) -> Vec<(SiteId, &Site)> {
                 (site.oldest_age_ns.map_or(0, |age| age.saturating_add(1)), bytes.0, bytes.1)
             }
         };
-        (!site.kind.belongs_to_totals(), Reverse(rank))
+        (!profile.mode.counts(site.kind), Reverse(rank))
     });
     sites
 }

@@ -64,6 +64,11 @@ pub fn estimate_note(mode: Mode) -> Option<String> {
             "blocks are sampled, one every {} on average: heap numbers are estimates",
             units::bytes(interval_bytes.into())
         ),
+        Mode::Windows => {
+            "what was allocated in short windows of time and outlived them, taken for \
+                          the whole session: estimates"
+                .to_owned()
+        }
         Mode::Pages { one_in: 1 } => {
             "resident anonymous memory by the code that touched each page first".to_owned()
         }
@@ -87,7 +92,7 @@ pub fn interval(interval: Interval) -> String {
 
 const fn kind_mark(kind: SiteKind) -> Option<&'static str> {
     match kind {
-        SiteKind::Heap | SiteKind::Resident => None,
+        SiteKind::Heap | SiteKind::Resident | SiteKind::Survivor => None,
         SiteKind::Mapping => Some("[mapping]"),
         SiteKind::ThreadStack => Some("[thread stack]"),
         SiteKind::AllocatorMapping => Some("[allocator mapping]"),

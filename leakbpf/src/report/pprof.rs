@@ -38,7 +38,7 @@ fn message(profile: &Profile, options: &ReportOptions) -> proto::Profile {
     let samples: Vec<_> = profile
         .sites
         .iter()
-        .filter(|site| site.kind.belongs_to_totals())
+        .filter(|site| profile.mode.counts(site.kind))
         .map(|site| tables.sample(profile, site))
         .collect();
     let sample_type = SAMPLE_TYPES
@@ -63,7 +63,7 @@ fn message(profile: &Profile, options: &ReportOptions) -> proto::Profile {
         }),
         // Every byte is counted, or so many stand behind each page that is seen.
         period: match profile.mode {
-            Mode::Exact => 1,
+            Mode::Exact | Mode::Windows => 1,
             Mode::Pages { one_in } => i64::from(one_in) * PAGE_BYTES as i64,
             Mode::Sample { interval_bytes } => interval_bytes.into(),
         },
@@ -83,10 +83,10 @@ fn comments(profile: &Profile, options: &ReportOptions) -> Vec<String> {
         profile.kernel
     )];
     if let Some(note) = names::estimate_note(profile.mode) {
-        let interval = profile.interval(&profile.totals()).map(names::interval).unwrap_or_default();
+        let interval = profile.totals_interval().map(names::interval).unwrap_or_default();
         let alloc = match profile.mode {
             Mode::Pages { .. } => "; alloc: touched",
-            Mode::Exact | Mode::Sample { .. } => "",
+            Mode::Exact | Mode::Sample { .. } | Mode::Windows => "",
         };
         comments.push(format!("inuse: {note}{interval}{alloc}"));
     }

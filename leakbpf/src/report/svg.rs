@@ -86,6 +86,7 @@ fn title(profile: &Profile) -> String {
     let after = units::duration(profile.duration_ns);
     match profile.mode {
         Mode::Exact => format!("{who}: live memory after {after} (exact)"),
+        Mode::Windows => format!("{who}: memory that outlived windows, in {after} (estimated)"),
         Mode::Sample { interval_bytes } => format!(
             "{who}: live memory after {after} (sampled every {})",
             units::bytes(interval_bytes.into())
@@ -104,7 +105,7 @@ fn subtitle(profile: &Profile, options: &ReportOptions) -> String {
     let mut text = format!(
         "{}{} in {}, since {}",
         units::bytes(totals.live_bytes),
-        profile.interval(&totals).map(names::interval).unwrap_or_default(),
+        profile.totals_interval().map(names::interval).unwrap_or_default(),
         units::count(totals.live_count, profile.mode.noun()),
         units::time(profile.started_unix_ns)
     );
@@ -170,7 +171,7 @@ impl Tree {
         growing.tree.nodes.push(Node::new(all));
         // The largest first, should there be too many.
         for (_, site) in ranked(profile, Sort::Bytes) {
-            if site.kind.belongs_to_totals() {
+            if profile.mode.counts(site.kind) {
                 growing.add(profile, site);
             }
         }

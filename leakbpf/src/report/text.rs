@@ -4,7 +4,8 @@ use std::io::{self, Write};
 
 use super::names::Line;
 use super::{ReportOptions, names, ranked, units};
-use crate::profile::{Counters, Mode, Process, Profile, Site, SiteId, SiteKind};
+use crate::profile::estimate::{CONFIDENCE_PERCENT, Interval};
+use crate::profile::{self, Counters, Mode, Process, Profile, Site, SiteId, SiteKind};
 
 /// Sites listed unless [`ReportOptions::top`] says otherwise.
 pub const DEFAULT_TOP: usize = 10;
@@ -21,14 +22,17 @@ pub fn write(profile: &Profile, options: &ReportOptions, out: &mut dyn Write) ->
     let style = Style { color: options.color };
     write_head(profile, options, &totals, &style, out)?;
     let sites = ranked(profile, options.sort);
-    let (user, allocator): (Vec<_>, Vec<_>) = sites
+    let (user, beside): (Vec<_>, Vec<_>) = sites
         .into_iter()
         .filter(|(_, site)| site.counters.live_count > 0 || site.counters.live_bytes > 0)
-        .partition(|(_, site)| site.kind.belongs_to_totals());
+        .partition(|(_, site)| profile.mode.counts(site.kind));
+    let (survivors, allocator): (Vec<_>, Vec<_>) =
+        beside.into_iter().partition(|(_, site)| site.kind == SiteKind::Survivor);
     let top = options.top.unwrap_or(DEFAULT_TOP);
     let table = Table { profile, options, style: &style };
+    let windows = profile.mode == Mode::Windows;
     if user.is_empty() {
-        writeln!(out, "\nNothing is live.")?;
+        writeln!(out, "\nNothing {}.", if windows { "outlived a window" } else { "is live" })?;
     }
     table.write_sites(&user, top, totals.live_bytes, out)?;
     if !allocator.is_empty() {
@@ -41,7 +45,66 @@ pub fn write(profile: &Profile, options: &ReportOptions, out: &mut dyn Write) ->
         writeln!(out, "\n{}", style.bold(&heading))?;
         table.write_sites(&allocator, top.min(3), held.live_bytes, out)?;
     }
+    if let Some(windows) = profile.windows.filter(|_| profile.mode != Mode::Windows) {
+        let survived = profile.survivor_totals();
+        let heading = format!(
+            "Outlived windows of time, not added above: {}{} in {}",
+            rate(survived.live_bytes, profile),
+            profile.survivors_interval().map(|it| rates(it, profile)).unwrap_or_default(),
+            windows_in_words(&windows)
+        );
+        writeln!(out, "\n{}", style.bold(&heading))?;
+        if survivors.is_empty() {
+            writeln!(out, "\nNothing did.")?;
+        }
+        table.write_sites(&survivors, top.min(3), survived.live_bytes, out)?;
+    }
     write_events(profile, out)
+}
+
+fn windows_in_words(windows: &profile::Windows) -> String {
+    format!(
+        "{}, {} in all; a block that lived {} did",
+        units::count(windows.count.into(), "window"),
+        units::duration(windows.open_ns),
+        units::duration(windows.survival_ns())
+    )
+}
+
+/// Bytes of the whole session, per second.
+fn rate(bytes: u64, profile: &Profile) -> String {
+    let seconds = profile.duration_ns as f64 / 1e9;
+    let per_second = if seconds > 0.0 { bytes as f64 / seconds } else { 0.0 };
+    format!("{}/s", units::bytes(per_second.round() as u64))
+}
+
+fn rates(interval: Interval, profile: &Profile) -> String {
+    let (low, high) = interval.bytes;
+    let [low, high] = [low, high].map(|bytes| rate(bytes, profile));
+    format!(" ({CONFIDENCE_PERCENT}%: {low} to {high})")
+}
+
+/// What the session cost those who were watched, and itself.
+fn write_cost(profile: &Profile, out: &mut dyn Write) -> io::Result<()> {
+    let cost = &profile.cost;
+    let own = format!(
+        "leakbpf itself {} of processor time, at most {} resident",
+        units::duration(cost.agent_cpu_ns),
+        units::bytes(cost.agent_peak_rss_bytes)
+    );
+    match cost.share() {
+        Some(share) => {
+            let limit = cost.limit_ppm.map(|ppm| format!(" (limit {} %)", f64::from(ppm) / 1e4));
+            writeln!(
+                out,
+                "cost      {:>8.2} %  of the processes' own time, estimated{}; {own}",
+                share * 100.0,
+                limit.unwrap_or_default()
+            )
+        }
+        None if cost.agent_cpu_ns > 0 => writeln!(out, "cost      {own}"),
+        None => Ok(()),
+    }
 }
 
 fn write_head(
@@ -86,6 +149,7 @@ fn write_head(
     }
     let [live, allocated, freed] = match profile.mode {
         Mode::Exact | Mode::Sample { .. } => ["live", "allocated", "freed"],
+        Mode::Windows => ["survived", "allocated", "released"],
         Mode::Pages { .. } => ["resident", "touched", "released"],
     };
     let rows = [
@@ -101,13 +165,17 @@ fn write_head(
             units::count(count, noun)
         );
         let row = if name == live { style.bold(&row) } else { row };
-        let error = profile.interval(totals).filter(|_| name == live);
+        let error = profile.totals_interval().filter(|_| name == live);
         writeln!(out, "{row}{}", error.map(names::interval).unwrap_or_default())?;
         if name == live {
             write_ended(profile, out)?;
         }
     }
+    if let Some(windows) = profile.windows.filter(|_| profile.mode == Mode::Windows) {
+        writeln!(out, "windows   {}", windows_in_words(&windows))?;
+    }
     write_stacks(profile, out)?;
+    write_cost(profile, out)?;
     let losses: Vec<_> = profile.losses.iter().filter(|(_, count)| **count > 0).collect();
     if !losses.is_empty() {
         let losses: Vec<_> = losses
@@ -146,7 +214,7 @@ fn write_stacks(profile: &Profile, out: &mut dyn Write) -> io::Result<()> {
 fn write_ended(profile: &Profile, out: &mut dyn Write) -> io::Result<()> {
     let ended = |site: &Site| profile.process(site.process).is_some_and(|it| it.end.is_some());
     let mut sum = Counters::default();
-    let sites = profile.sites.iter().filter(|site| site.kind.belongs_to_totals());
+    let sites = profile.sites.iter().filter(|site| profile.mode.counts(site.kind));
     sites.filter(|site| ended(site)).for_each(|site| sum.add(&site.counters));
     if sum.live_count > 0 && profile.processes.iter().any(|process| process.end.is_none()) {
         writeln!(
@@ -162,7 +230,7 @@ fn write_ended(profile: &Profile, out: &mut dyn Write) -> io::Result<()> {
 
 fn write_processes(profile: &Profile, style: &Style, out: &mut dyn Write) -> io::Result<()> {
     let mut sums = vec![Counters::default(); profile.processes.len()];
-    for site in profile.sites.iter().filter(|site| site.kind.belongs_to_totals()) {
+    for site in profile.sites.iter().filter(|site| profile.mode.counts(site.kind)) {
         if let Some(sum) = sums.get_mut(site.process.0) {
             sum.add(&site.counters);
         }
@@ -265,7 +333,7 @@ impl Table<'_> {
     ) -> io::Result<()> {
         let counters = &site.counters;
         let noun = match site.kind {
-            SiteKind::Heap => "block",
+            SiteKind::Heap | SiteKind::Survivor => "block",
             SiteKind::Resident => "page",
             SiteKind::Mapping | SiteKind::ThreadStack | SiteKind::AllocatorMapping => "mapping",
         };
@@ -288,6 +356,17 @@ impl Table<'_> {
         }
         writeln!(out)?;
         write!(out, "     ")?;
+        if site.kind == SiteKind::Survivor {
+            let error = interval.map(|it| rates(it, self.profile)).unwrap_or_default();
+            writeln!(
+                out,
+                "{}{error} of {} that it allocates",
+                rate(counters.live_bytes, self.profile),
+                rate(counters.allocated_bytes, self.profile)
+            )?;
+            self.write_stack(site, out)?;
+            return Ok(());
+        }
         match (site.oldest_age_ns, site.youngest_age_ns) {
             (Some(oldest), Some(youngest)) if oldest != youngest => {
                 write!(out, "age {} to {}", units::duration(youngest), units::duration(oldest))?

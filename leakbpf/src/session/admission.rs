@@ -1,6 +1,6 @@
 //! Whether a session may watch the processes that it is asked to.
 
-use super::SessionError;
+use super::{SessionError, config::Method};
 use crate::{
     preflight::{self, host::HostFacts},
     process::{
@@ -8,7 +8,6 @@ use crate::{
         select::{Selector, select},
         target,
     },
-    profile::Mode,
 };
 
 /// Whether probes in every process would harm one that runs.
@@ -25,16 +24,14 @@ pub fn admit(
     pids: Vec<Pid>,
     selector: &Selector,
     host: &HostFacts,
-    mode: Mode,
+    method: Method,
 ) -> Result<Vec<Pid>, SessionError> {
     let mut admitted = Vec::new();
     let mut refused = None;
     for pid in pids {
         let checks = match target::observe(pid, false) {
-            Ok(facts) => match mode {
-                Mode::Exact | Mode::Sample { .. } => preflight::target::judge(&facts, host),
-                Mode::Pages { .. } => preflight::target::judge_for_pages(&facts),
-            },
+            Ok(facts) if method.probes() => preflight::target::judge(&facts, host),
+            Ok(facts) => preflight::target::judge_for_pages(&facts),
             Err(error) if matches!(selector, Selector::Pids(_)) => return Err(error.into()),
             Err(_) => continue,
         };

@@ -4,7 +4,7 @@ use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use crate::{
     process::select::Selector,
-    profile::{BlockFilter, Mode},
+    profile::{BlockFilter, Mode, SiteKind},
     report::{Format, Sort},
 };
 
@@ -24,6 +24,60 @@ pub enum Output {
     Report(Format, PathBuf),
 }
 
+/// How memory is looked at.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Method {
+    /// Every block.
+    Exact,
+    /// One block every so many bytes.
+    Sample { interval_bytes: u32 },
+    /// Resident pages, one in so many.
+    Pages { one_in: u32 },
+    /// Every block, for short times with long ones between them.
+    Windows { limit: Limit },
+    /// Every block while that costs little enough, else windows; and pages at all times.
+    Auto { limit: Limit, one_in: u32 },
+}
+
+/// Most that a session may cost, in millionths of the watched processes' own processor time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limit {
+    pub ppm: u32,
+}
+
+impl Method {
+    /// Whether allocator functions are probed.
+    pub const fn probes(self) -> bool {
+        !matches!(self, Self::Pages { .. })
+    }
+
+    /// One page in so many is looked at, where pages are.
+    pub const fn page_interval(self) -> Option<u32> {
+        match self {
+            Self::Pages { one_in } | Self::Auto { one_in, .. } => Some(one_in),
+            Self::Exact | Self::Sample { .. } | Self::Windows { .. } => None,
+        }
+    }
+
+    /// How things of a kind are counted, wherever that kind is.
+    pub const fn mode_of(self, kind: SiteKind) -> Mode {
+        match (self, kind) {
+            (Self::Sample { interval_bytes }, SiteKind::Heap) => Mode::Sample { interval_bytes },
+            (Self::Pages { one_in } | Self::Auto { one_in, .. }, SiteKind::Resident) => {
+                Mode::Pages { one_in }
+            }
+            _ => Mode::Exact,
+        }
+    }
+
+    pub const fn limit(self) -> Option<Limit> {
+        match self {
+            Self::Windows { limit } | Self::Auto { limit, .. } => Some(limit),
+            Self::Exact | Self::Sample { .. } | Self::Pages { .. } => None,
+        }
+    }
+}
+
 /// How stacks are walked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StackMethod {
@@ -39,7 +93,7 @@ pub enum StackMethod {
 #[derive(Debug, Clone)]
 pub struct Config {
     pub target: Target,
-    pub mode: Mode,
+    pub method: Method,
     pub duration: Option<Duration>,
     pub output: Option<Output>,
     pub filter: BlockFilter,

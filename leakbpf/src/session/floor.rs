@@ -43,6 +43,7 @@ pub fn place(pid: u32, naive: bool) -> Result<Floor, SessionError> {
         newtask_flags_offset: 0,
         exec_old_pid_offset: 0,
         return_instances: None,
+        probes: true,
         pages: None,
         sample_interval_bytes: 0,
     })?;

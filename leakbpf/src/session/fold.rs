@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use leakbpf_common::abi::{Owner, StackId};
 
 use super::{
+    config::Method,
     life::{Life, Stack},
     snapshot::{Sites, heap_counters, page_counters},
     space::Space,
@@ -15,7 +16,7 @@ use super::{
 use crate::{
     ledger::{pages::Pages, ranges::Mappings},
     probe::kernel::KernelError,
-    profile::{BlockFilter, Counters, Mode, Process, ProcessId, SiteKind, estimate::Estimate},
+    profile::{BlockFilter, Counters, Process, ProcessId, SiteKind, estimate::Estimate},
 };
 
 /// Ended lives that are kept block by block.
@@ -79,7 +80,7 @@ pub fn fold(
     watch: &mut Watch,
     sites: &mut Sites,
     groups: &mut Groups,
-    mode: Mode,
+    method: Method,
     filter: BlockFilter,
     now_ns: u64,
 ) -> Result<(), KernelError> {
@@ -90,7 +91,7 @@ pub fn fold(
         .filter(|(_, life)| life.ended() && !life.folded)
         .map(|(index, life)| (life.owner, ProcessId(index)))
         .collect();
-    let mut held = take_out(watch, &ended, mode, filter, now_ns)?;
+    let mut held = take_out(watch, &ended, method, filter, now_ns)?;
     sites.forget(|owner| ended.contains_key(owner));
     let listed = watch.listed;
     for (process, left) in let_go(watch, &ended) {
@@ -123,7 +124,7 @@ type Held = HashMap<Owner, BTreeMap<(StackId, SiteKind), Folded>>;
 fn take_out(
     watch: &Watch,
     ended: &HashMap<Owner, ProcessId>,
-    mode: Mode,
+    method: Method,
     filter: BlockFilter,
     now_ns: u64,
 ) -> Result<Held, KernelError> {
@@ -131,7 +132,7 @@ fn take_out(
     let mut held = Held::new();
     let mut hold = |owner, key: (StackId, SiteKind), size_bytes, born_ns: u64| {
         if filter.keeps(size_bytes, now_ns.saturating_sub(born_ns)) {
-            let estimate = mode.estimate(key.1, size_bytes);
+            let estimate = method.mode_of(key.1).estimate(key.1, size_bytes);
             held.entry(owner).or_default().entry(key).or_default().hold(estimate, born_ns);
         }
     };
@@ -156,7 +157,7 @@ fn take_out(
         .take(|key, value| {
             let taken = ended.contains_key(&key.owner);
             if taken && value.allocated_count > 0 {
-                let counters = heap_counters(mode, value);
+                let counters = heap_counters(method.mode_of(SiteKind::Heap), value);
                 add(key.owner, (key.stack, SiteKind::Heap), counters);
             }
             taken
@@ -172,11 +173,13 @@ fn take_out(
             if filter.keeps(range.length_bytes, now_ns.saturating_sub(range.born_ns)) {
                 let sites = held.entry(life.owner).or_default();
                 let site = sites.entry((range.stack, range.kind)).or_default();
-                site.hold(mode.estimate(range.kind, range.length_bytes), range.born_ns);
+                let estimate = method.mode_of(range.kind).estimate(range.kind, range.length_bytes);
+                site.hold(estimate, range.born_ns);
             }
         }
+        let pages = method.mode_of(SiteKind::Resident);
         for (stack, value) in life.pages.counters() {
-            let folded = Folded { counters: page_counters(mode, value), born_ns: None };
+            let folded = Folded { counters: page_counters(pages, value), born_ns: None };
             let sites = held.entry(life.owner).or_default();
             sites.entry((stack, SiteKind::Resident)).or_default().add(&folded);
         }
@@ -184,7 +187,7 @@ fn take_out(
             if filter.keeps(page.length_bytes, now_ns.saturating_sub(page.born_ns)) {
                 let sites = held.entry(life.owner).or_default();
                 let site = sites.entry((page.stack, SiteKind::Resident)).or_default();
-                let estimate = mode.estimate(SiteKind::Resident, page.length_bytes);
+                let estimate = pages.estimate(SiteKind::Resident, page.length_bytes);
                 site.hold(estimate, page.born_ns);
             }
         }
@@ -205,6 +208,7 @@ struct Left {
 fn let_go(watch: &mut Watch, ended: &HashMap<Owner, ProcessId>) -> Vec<(ProcessId, Left)> {
     let listed = watch.listed;
     let losses = &mut watch.folded_losses;
+    let cpu_time = &mut watch.folded_cpu_time;
     let mut left = Vec::new();
     let mut index = 0;
     watch.lives.retain_mut(|life| {
@@ -212,6 +216,9 @@ fn let_go(watch: &mut Watch, ended: &HashMap<Owner, ProcessId>) -> Vec<(ProcessI
         index += 1;
         if !ended.contains_key(&life.owner) || life.folded {
             return true;
+        }
+        if let Some((first, last)) = life.cpu_time.take() {
+            *cpu_time += last.saturating_sub(first);
         }
         let lost = life.mappings.losses();
         losses.frees_missed = losses.frees_missed.saturating_add(lost.frees_missed);

@@ -1,6 +1,6 @@
 //! One life of a process: from fork, exec or attach to its exit or next exec.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use leakbpf_common::abi::{Owner, StackId};
 
@@ -58,6 +58,8 @@ pub struct Life {
     /// As the kernel counted it when the life was taken in, where pages are looked at.
     pub anonymous_bytes_before: Option<u64>,
     pub stacks: HashMap<StackId, Stack>,
+    /// Processor time of the process when the life was taken in, and when it was last looked at.
+    pub cpu_time: Option<(Duration, Duration)>,
     /// Known once a stack leads through code made at run time.
     pub perf_map: Option<PerfMapPlace>,
     /// Its totals are kept elsewhere, and the kernel side knows it no more.
@@ -75,6 +77,7 @@ impl Life {
             pagemap: None,
             anonymous_bytes_before: None,
             stacks: HashMap::new(),
+            cpu_time: None,
             perf_map: None,
             folded: false,
         }

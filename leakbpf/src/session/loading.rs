@@ -4,7 +4,7 @@ use leakbpf_common::abi::StackWalk;
 
 use super::{
     SessionError,
-    config::{Config, StackMethod, Target},
+    config::{Config, Method, StackMethod, Target},
     watch::monotonic_ns,
 };
 use crate::{
@@ -14,7 +14,6 @@ use crate::{
         planner,
     },
     process::{host, select::Selector, tracefs},
-    profile::Mode,
 };
 
 /// Loads the kernel side with the best walk that the kernel takes of those that will do; with the
@@ -54,13 +53,11 @@ fn settings(config: &Config) -> Result<Settings, SessionError> {
         newtask_flags_offset: field_offset("task/task_newtask", "clone_flags")?,
         exec_old_pid_offset: field_offset("sched/sched_process_exec", "old_pid")?,
         return_instances: host::kernel_types().as_deref().and_then(ReturnInstances::find),
-        pages: match config.mode {
-            Mode::Exact | Mode::Sample { .. } => None,
-            Mode::Pages { one_in } => Some(PageChoice { interval: one_in, seed: seed() }),
-        },
-        sample_interval_bytes: match config.mode {
-            Mode::Sample { interval_bytes } => interval_bytes,
-            Mode::Exact | Mode::Pages { .. } => 0,
+        probes: config.method.probes(),
+        pages: config.method.page_interval().map(|interval| PageChoice { interval, seed: seed() }),
+        sample_interval_bytes: match config.method {
+            Method::Sample { interval_bytes } => interval_bytes,
+            _ => 0,
         },
     })
 }

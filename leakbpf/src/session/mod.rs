@@ -6,7 +6,11 @@
 //! turns its books into a profile.
 
 mod admission;
+mod budget;
+mod calibration;
 pub mod config;
+mod control;
+mod cost;
 mod detacher;
 pub mod floor;
 mod fold;
@@ -37,19 +41,22 @@ use tokio::sync::mpsc;
 
 use self::{
     admission::{admit, bystanders},
-    config::{Config, Target},
+    budget::Step,
+    config::{Config, Method, Target},
+    control::Control,
+    cost::Meter,
     fold::Groups,
     inbox::Inbox,
     loading::load,
     output::{OutputFile, OutputKind},
     placement::Plans,
     signals::Signals,
-    snapshot::{Sites, loss_names},
+    snapshot::{Sites, View, loss_names},
     terminal::Progress,
     watch::{Attached, Scope, Watch, monotonic_ns},
 };
 use crate::{
-    preflight,
+    preflight::{self, host::HostFacts},
     probe::kernel::{KernelError, MappingEvents},
     process::{
         Pid, ProcessError, host,
@@ -114,19 +121,20 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
     // One for each probe, each module and each process.
     let descriptors = limits::raise_open_files();
     let host = host::observe();
-    let checks = match config.mode {
-        Mode::Exact | Mode::Sample { .. } if config.shared_probes => {
-            let mut checks = preflight::host::judge_for_shared_probes(&host);
-            checks.extend(bystanders(&host)?);
-            checks
-        }
-        Mode::Exact | Mode::Sample { .. } => preflight::host::judge(&host),
-        Mode::Pages { .. } => preflight::host::judge_for_pages(&host),
+    let (config, without_pages) = &with_what_the_host_has(config, &host);
+    let checks = if !config.method.probes() {
+        preflight::host::judge_for_pages(&host)
+    } else if config.shared_probes {
+        let mut checks = preflight::host::judge_for_shared_probes(&host);
+        checks.extend(bystanders(&host)?);
+        checks
+    } else {
+        preflight::host::judge(&host)
     };
     preflight::Report { checks }.refuse_failures()?;
     let planner = planner_kernel(&host);
     let pids = match &config.target {
-        Target::Running(selector) => admit(select(selector)?, selector, &host, config.mode)?,
+        Target::Running(selector) => admit(select(selector)?, selector, &host, config.method)?,
         Target::Program { .. } => Vec::new(),
     };
     // From here on a signal ends the session in an orderly way.
@@ -135,35 +143,47 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
 
     let (mut kernel, lesser_stacks) = load(config)?;
     kernel.attach_process_events()?;
-    let mapping_events = match config.mode {
-        Mode::Exact => Some(kernel.attach_mapping_events()),
-        Mode::Sample { .. } => {
+    let mapping_events = match config.method {
+        Method::Exact => Some(kernel.attach_mapping_events()),
+        Method::Sample { .. } | Method::Auto { .. } => {
             Some(kernel.attach_mapping_functions().map(|()| MappingEvents::Functions))
         }
-        Mode::Pages { one_in } => {
-            kernel.attach_page_faults(&host::online_cpus())?;
-            if one_in > 1 && host::maps_huge_pages_unasked() {
-                eprintln!(
-                    "leakbpf: this machine uses huge pages wherever it can, so there are few page \
-                     faults to see: --page-interval 1 costs little and errs less"
-                );
-            }
-            None
-        }
+        Method::Pages { .. } | Method::Windows { .. } => None,
     };
+    if let Some(one_in) = config.method.page_interval() {
+        kernel.attach_page_faults(&host::online_cpus())?;
+        if one_in > 1 && host::maps_huge_pages_unasked() {
+            eprintln!(
+                "leakbpf: this machine uses huge pages wherever it can, so there are few page \
+                 faults to see: --page-interval 1 costs little and errs less"
+            );
+        }
+    }
+    let mut meter = Meter::new(config.method);
+    if config.method.probes()
+        && let Some(trap) = calibration::trap(&mut kernel)?
+    {
+        meter.calibrate(trap);
+    }
     let records = kernel.take_records()?;
     let (exits, mut exited) = mpsc::unbounded_channel();
     let endless = matches!(config.target, Target::Running(Selector::All));
     let plans = Plans::new(planner);
     let mappings = matches!(mapping_events, Some(Ok(_)));
-    let max_pages = match config.mode {
-        Mode::Exact | Mode::Sample { .. } => None,
-        Mode::Pages { .. } => Some(config.max_blocks as usize),
+    let scope = Scope {
+        shared_probes: config.shared_probes,
+        endless,
+        mappings,
+        probes: config.method.probes(),
+        max_pages: config.method.page_interval().map(|_| config.max_blocks as usize),
     };
-    let scope = Scope { shared_probes: config.shared_probes, endless, mappings, max_pages };
     let mut watch = Watch::new(kernel, plans, scope, config.max_table_bytes, exits);
     if config.cache {
         watch.modules.use_cache();
+    }
+    if let Some(reason) = without_pages {
+        eprintln!("leakbpf: {reason}");
+        watch.note(None, reason.clone());
     }
     if let Some(reason) = lesser_stacks {
         eprintln!("leakbpf: {reason}");
@@ -177,10 +197,10 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
              the machine down a little: the kernel refuses programs on its functions (fentry)"
                 .to_owned(),
         ),
-        Some(Err(_)) if config.mode.estimates() => watch.note(
+        Some(Err(_)) if config.method != Method::Exact => watch.note(
             None,
-            "mappings are not counted: without programs on its functions (fentry), this kernel \
-             shows them only by slowing every system call of the machine down"
+            "where blocks are counted, mappings are not: without programs on its functions \
+             (fentry), this kernel shows them only by slowing every system call of the machine down"
                 .to_owned(),
         ),
         Some(Err(error)) => {
@@ -191,6 +211,8 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
 
     let inbox =
         Inbox::start(records, Arc::clone(&watch.unwinding)).map_err(SessionError::Events)?;
+    let mut control = Control::new(config.method, meter);
+    let placing = Instant::now();
     let mut program = None;
     match &config.target {
         Target::Running(_) => {
@@ -216,9 +238,9 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
                 eprintln!(
                     "leakbpf: attached to {} processes: {} in {} ms",
                     placed.len(),
-                    match config.mode {
-                        Mode::Exact | Mode::Sample { .. } => format!("{} probes", watch.probes()),
-                        Mode::Pages { one_in } => pages_in_words(one_in),
+                    match config.method {
+                        Method::Pages { one_in } => pages_in_words(one_in),
+                        _ => format!("{} probes", watch.probes()),
                     },
                     started.elapsed().as_millis()
                 );
@@ -229,7 +251,7 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
         Target::Program { program: name, arguments } => {
             let ready = |pid: Pid| -> Result<Attached, String> {
                 let selector = Selector::Pids(vec![pid]);
-                admit(vec![pid], &selector, &host, config.mode)
+                admit(vec![pid], &selector, &host, config.method)
                     .map_err(|error| error.to_string())?;
                 // The larger limit is the agent's alone.
                 if let Some(before) = descriptors {
@@ -245,11 +267,13 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
         }
     }
 
+    control.begin(&mut watch, placing.elapsed())?;
     let began_ns = watch.began_ns;
     let mut session = Session {
         config,
         watch,
         inbox,
+        control,
         sites: Sites::default(),
         groups: Groups::default(),
         next_fold: Instant::now(),
@@ -265,6 +289,19 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
     Ok(status)
 }
 
+/// Where page faults can't be looked at, `auto` does without; with the reason.
+fn with_what_the_host_has(config: &Config, host: &HostFacts) -> (Config, Option<String>) {
+    let Method::Auto { limit, .. } = config.method else { return (config.clone(), None) };
+    let checks = preflight::host::judge_for_pages(host);
+    match (preflight::Report { checks }).refuse_failures() {
+        Ok(()) => (config.clone(), None),
+        Err(refusal) => (
+            Config { method: Method::Windows { limit }, ..config.clone() },
+            Some(format!("only windows are looked at, not resident memory: {refusal}")),
+        ),
+    }
+}
+
 fn pages_in_words(one_in: u32) -> String {
     match one_in {
         1 => "every page".to_owned(),
@@ -278,9 +315,9 @@ fn announce(attached: &Attached, watch: &Watch, config: &Config, started: Instan
         .iter()
         .find(|life| life.pid() == attached.pid)
         .map_or("", |life| life.process.comm.as_str());
-    let what = match config.mode {
-        Mode::Exact | Mode::Sample { .. } => format!("{} functions", attached.functions),
-        Mode::Pages { one_in } => pages_in_words(one_in),
+    let what = match config.method {
+        Method::Pages { one_in } => pages_in_words(one_in),
+        _ => format!("{} functions", attached.functions),
     };
     eprintln!(
         "leakbpf: attached to PID {} ({}): {what} in {} ms",
@@ -288,8 +325,7 @@ fn announce(attached: &Attached, watch: &Watch, config: &Config, started: Instan
         report::printable(comm),
         started.elapsed().as_millis()
     );
-    let places_probes = !matches!(config.mode, Mode::Pages { .. });
-    if places_probes && attached.functions == 0 && watch.probes() == 0 {
+    if config.method.probes() && attached.functions == 0 && watch.probes() == 0 {
         let looked_at: Vec<String> = attached
             .looked_at
             .iter()
@@ -328,6 +364,7 @@ struct Session<'a> {
     config: &'a Config,
     watch: Watch,
     inbox: Inbox,
+    control: Control,
     sites: Sites,
     groups: Groups,
     next_fold: Instant,
@@ -366,6 +403,13 @@ impl Session<'_> {
                     None => std::future::pending().await,
                 }
             };
+            let control_due = self.control.due();
+            let control = async {
+                match control_due {
+                    Some(due) => tokio::time::sleep_until(due.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
                 biased;
                 signal = signals.next() => {
@@ -382,6 +426,7 @@ impl Session<'_> {
                     }
                 }
                 () = deadline_reached => break,
+                () = control => self.keep_within_budget()?,
                 Some((pid, owner)) = exited.recv() => {
                     // What it did last is still in the ring buffer.
                     self.drain();
@@ -399,13 +444,14 @@ impl Session<'_> {
                         break;
                     }
                 }
-                _ = look.tick(), if matches!(self.config.mode, Mode::Pages { .. }) => {
+                _ = look.tick(), if self.config.method.page_interval().is_some() => {
                     self.drain();
                     self.watch.look_at_pages(false);
                 }
                 _ = progress_tick.tick(), if progress.shown() => {
                     let counts = self.watch.kernel.counts()?;
-                    progress.show(Duration::from_nanos(monotonic_ns().saturating_sub(self.began_ns)), self.live_bytes()?, &counts);
+                    let hits = self.watch.kernel.cost()?.hits + counts.pages_touched;
+                    progress.show(Duration::from_nanos(monotonic_ns().saturating_sub(self.began_ns)), self.live_bytes()?, hits, &counts);
                 }
                 // Last: whoever fills the ring buffer faster than it is read must not keep the
                 // session from ending.
@@ -440,11 +486,29 @@ impl Session<'_> {
         self.watch.take_in_mappings();
     }
 
+    /// Takes probes away, or brings them back, as the budget says.
+    fn keep_within_budget(&mut self) -> Result<(), SessionError> {
+        match self.control.attend(&mut self.watch)? {
+            Step::Stay => {}
+            Step::Open => self.control.open(&mut self.watch)?,
+            Step::Close => {
+                let window = self.control.close(&mut self.watch)?;
+                self.drain();
+                self.control.keep(window, &mut self.watch, &mut self.sites)?;
+            }
+        }
+        Ok(())
+    }
+
     fn live_bytes(&self) -> Result<u64, SessionError> {
         let mut live = 0u64;
-        let mode = self.config.mode;
-        for page in self.watch.lives.iter().flat_map(|life| life.pages.live()) {
-            live = live.saturating_add(mode.estimate(SiteKind::Resident, page.length_bytes).bytes);
+        let mode = self.control.mode();
+        if mode.shows(SiteKind::Resident) {
+            for page in self.watch.lives.iter().flat_map(|life| life.pages.live()) {
+                let estimate = mode.estimate(SiteKind::Resident, page.length_bytes);
+                live = live.saturating_add(estimate.bytes);
+            }
+            return Ok(live);
         }
         for entry in self.watch.kernel.sites.walk() {
             let (_, site) = entry.map_err(|source| KernelError::Map { map: "SITES", source })?;
@@ -460,9 +524,9 @@ impl Session<'_> {
             return Ok(());
         }
         let filter = self.config.filter;
-        let mode = self.config.mode;
+        let method = self.config.method;
         let now_ns = monotonic_ns();
-        fold::fold(&mut self.watch, &mut self.sites, &mut self.groups, mode, filter, now_ns)?;
+        fold::fold(&mut self.watch, &mut self.sites, &mut self.groups, method, filter, now_ns)?;
         // A walk takes as long as there are blocks of others: no more than a twentieth of the time.
         self.next_fold = Instant::now() + began.elapsed() * 20;
         Ok(())
@@ -514,14 +578,16 @@ impl Session<'_> {
     fn profile(&mut self, finished: bool, now_ns: u64) -> Result<Profile, SessionError> {
         let watch = &mut self.watch;
         watch.listed = watch.lives.len();
-        let mut census = self.sites.census(
-            self.config.mode,
-            &watch.kernel,
-            &watch.lives,
-            &watch.by_owner,
-            self.config.filter,
-            now_ns,
-        )?;
+        let mode = self.control.mode();
+        let (survivors, windows) = self.control.survivors(watch, &mut self.sites, now_ns)?;
+        let view = View {
+            mode,
+            method: self.config.method,
+            filter: self.config.filter,
+            survivors: &survivors,
+        };
+        let mut census =
+            self.sites.census(view, &watch.kernel, &watch.lives, &watch.by_owner, now_ns)?;
         self.sites.forget_jit();
         self.sites.name(&mut census.sites, &watch.lives, &mut watch.modules);
         if finished {
@@ -562,7 +628,7 @@ impl Session<'_> {
         add("spaces_full", unwinding.spaces_full);
         add("unwind_tables_full", unwinding.tables_full);
         Ok(Profile {
-            mode: self.config.mode,
+            mode,
             started_unix_ns: self.started_unix_ns,
             duration_ns: now_ns.saturating_sub(self.began_ns),
             kernel: self.kernel_release.clone(),
@@ -574,6 +640,8 @@ impl Session<'_> {
             losses,
             events: watch.events.clone(),
             finished,
+            windows,
+            cost: self.control.meter.cost(&mut self.watch, self.config.method)?,
         })
     }
 
@@ -587,12 +655,13 @@ impl Session<'_> {
         self.watch.look_at_pages(true);
         // For those that were not there when they were looked at first.
         self.watch.look_at_pages(true);
-        if let Mode::Pages { one_in } = self.config.mode {
+        if let Mode::Pages { one_in } = self.control.mode() {
             self.watch.compare_with_the_kernels_account(one_in);
         }
         let mut profile = self.profile(true, now_ns)?;
         let filter = self.config.filter;
         let outstanding = self.sites.outstanding(
+            self.control.mode(),
             &self.watch.kernel,
             &self.watch.lives,
             &self.watch.by_owner,

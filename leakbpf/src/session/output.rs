@@ -29,7 +29,6 @@ impl OutputFile {
             None => OutputKind::None,
             Some(Output::Recording(path)) => {
                 let facts = SessionFacts {
-                    mode: config.mode,
                     started_unix_ns: unix_ns(),
                     kernel: host.kernel_release.clone(),
                     hostname: hostname(),

@@ -13,6 +13,7 @@ use leakbpf_common::{
 };
 
 use super::{
+    config::Method,
     fold::Folded,
     life::{Life, PlacedFrame, Stack},
     modules::Modules,
@@ -73,6 +74,15 @@ struct Known {
     named: Option<Arc<[Frame]>>,
 }
 
+/// What of a session is shown.
+pub struct View<'a> {
+    pub mode: Mode,
+    pub method: Method,
+    pub filter: BlockFilter,
+    /// Of the whole session, by site.
+    pub survivors: &'a [(SiteId, Counters)],
+}
+
 /// What the maps hold at one moment, by site.
 pub struct Census {
     pub sites: Vec<Site>,
@@ -81,7 +91,7 @@ pub struct Census {
 }
 
 impl Sites {
-    fn of(
+    pub fn of(
         &mut self,
         lives: &[Life],
         life: ProcessId,
@@ -134,18 +144,19 @@ impl Sites {
     /// Counts everything that is outstanding. `now_ns` is `CLOCK_MONOTONIC`.
     pub fn census(
         &mut self,
-        mode: Mode,
+        view: View<'_>,
         kernel: &Kernel,
         lives: &[Life],
         by_owner: &HashMap<Owner, ProcessId>,
-        filter: BlockFilter,
         now_ns: u64,
     ) -> Result<Census, KernelError> {
+        let View { mode, method, filter, survivors } = view;
         let failed = |map| move |source: io::Error| KernelError::Map { map, source };
         let mut stacks_missing = 0;
         let mut counters: BTreeMap<SiteId, Site> = BTreeMap::new();
 
-        for entry in kernel.sites.walk() {
+        let heap = kernel.sites.walk().take_while(|_| mode.shows(SiteKind::Heap));
+        for entry in heap {
             let (key, value) = entry.map_err(failed("SITES"))?;
             let Some(&life) = by_owner.get(&key.owner) else { continue };
             if value.allocated_count == 0 {
@@ -154,7 +165,7 @@ impl Sites {
             let (id, complete) = self.of(lives, life, key.stack, SiteKind::Heap);
             stacks_missing += u64::from(!complete);
             let replaced = lives.get(life.0).is_some_and(Life::replaced);
-            let mut value = heap_counters(mode, &value);
+            let mut value = heap_counters(method.mode_of(SiteKind::Heap), &value);
             if replaced {
                 value.freed_bytes = value.allocated_bytes;
                 value.freed_count = value.allocated_count;
@@ -162,7 +173,8 @@ impl Sites {
             self.entry(&mut counters, id).counters.add(&value);
         }
         for (index, life) in lives.iter().enumerate() {
-            for ((stack, kind), value) in life.mappings.counters() {
+            let mappings = life.mappings.counters().into_iter();
+            for ((stack, kind), value) in mappings.filter(|((_, kind), _)| mode.shows(*kind)) {
                 let (id, complete) = self.of(lives, ProcessId(index), stack, kind);
                 stacks_missing += u64::from(!complete);
                 let mut value = value;
@@ -175,7 +187,8 @@ impl Sites {
                 self.entry(&mut counters, id).counters.add(&value);
             }
         }
-        for (index, life) in lives.iter().enumerate() {
+        let resident = lives.iter().enumerate().filter(|_| mode.shows(SiteKind::Resident));
+        for (index, life) in resident {
             for (stack, value) in life.pages.counters() {
                 let process = ProcessId(index);
                 let (id, complete) = self.of(lives, process, stack, SiteKind::Resident);
@@ -188,7 +201,11 @@ impl Sites {
                 self.entry(&mut counters, id).counters.add(&value);
             }
         }
-        for (&id, folded) in &self.folded {
+        for (id, survived) in survivors {
+            self.entry(&mut counters, *id).counters.add(survived);
+        }
+        let shown = |id: &SiteId| self.sites.get(id.0).is_some_and(|site| mode.shows(site.kind));
+        for (&id, folded) in self.folded.iter().filter(|(id, _)| shown(id)) {
             let site = self.entry(&mut counters, id);
             site.counters.add(&folded.counters);
             if let Some((oldest, youngest)) = folded.born_ns {
@@ -196,12 +213,12 @@ impl Sites {
                 site.youngest_age_ns = Some(now_ns.saturating_sub(youngest));
             }
         }
-        let mut outstanding = self.outstanding(kernel, lives, by_owner, now_ns)?;
+        let mut outstanding = self.outstanding(mode, kernel, lives, by_owner, now_ns)?;
         while let Some(entry) = outstanding.next() {
             let block = entry?;
             if filter.keeps(block.size_bytes, block.age_ns) {
                 let site = outstanding.sites.entry(&mut counters, block.site);
-                site.count_live(block.size_bytes, block.age_ns, mode);
+                site.count_live(block.size_bytes, block.age_ns, method.mode_of(site.kind));
             }
         }
         let sites = (0..self.sites.len())
@@ -243,13 +260,15 @@ impl Sites {
     /// `realloc` in flight holds aside.
     pub fn outstanding<'a>(
         &'a mut self,
+        mode: Mode,
         kernel: &'a Kernel,
         lives: &'a [Life],
         by_owner: &'a HashMap<Owner, ProcessId>,
         now_ns: u64,
     ) -> Result<Outstanding<'a>, KernelError> {
         let mut few = Vec::new();
-        for entry in kernel.threads.walk() {
+        let heap = mode.shows(SiteKind::Heap);
+        for entry in kernel.threads.walk().take_while(|_| heap) {
             let (_, thread) =
                 entry.map_err(|source| KernelError::Map { map: "THREADS", source })?;
             let depth = (thread.depth as usize).min(thread.calls.len());
@@ -267,7 +286,7 @@ impl Sites {
         }
         for (index, life) in lives.iter().enumerate().filter(|(_, life)| !life.replaced()) {
             let process = ProcessId(index);
-            for range in life.mappings.live() {
+            for range in life.mappings.live().filter(|range| mode.shows(range.kind)) {
                 few.push(Block {
                     process,
                     site: self.of(lives, process, range.stack, range.kind).0,
@@ -276,7 +295,7 @@ impl Sites {
                     age_ns: now_ns.saturating_sub(range.born_ns),
                 });
             }
-            for page in life.pages.live() {
+            for page in life.pages.live().filter(|_| mode.shows(SiteKind::Resident)) {
                 few.push(Block {
                     process,
                     site: self.of(lives, process, page.stack, SiteKind::Resident).0,
@@ -292,7 +311,7 @@ impl Sites {
             by_owner,
             now_ns,
             few: few.into_iter(),
-            blocks: kernel.blocks.walk(),
+            blocks: heap.then(|| kernel.blocks.walk()),
         })
     }
 
@@ -367,7 +386,7 @@ pub struct Outstanding<'a> {
     by_owner: &'a HashMap<Owner, ProcessId>,
     now_ns: u64,
     few: std::vec::IntoIter<Block>,
-    blocks: Walk<'a, BlockKey, leakbpf_common::abi::Block>,
+    blocks: Option<Walk<'a, BlockKey, leakbpf_common::abi::Block>>,
 }
 
 impl Iterator for Outstanding<'_> {
@@ -378,7 +397,7 @@ impl Iterator for Outstanding<'_> {
             return Some(Ok(block));
         }
         loop {
-            let (key, block) = match self.blocks.next()? {
+            let (key, block) = match self.blocks.as_mut()?.next()? {
                 Ok(entry) => entry,
                 Err(source) => return Some(Err(KernelError::Map { map: "BLOCKS", source })),
             };

@@ -23,10 +23,10 @@ impl Progress {
         self.terminal
     }
 
-    pub fn show(&mut self, elapsed: Duration, live_bytes: u64, counts: &Counts) {
+    pub fn show(&mut self, elapsed: Duration, live_bytes: u64, hits: u64, counts: &Counts) {
         let seconds = self.at.elapsed().as_secs_f64().max(0.001);
-        let rate = (counts.hits.saturating_sub(self.hits)) as f64 / seconds;
-        self.hits = counts.hits;
+        let rate = hits.saturating_sub(self.hits) as f64 / seconds;
+        self.hits = hits;
         self.at = Instant::now();
         let lost: u64 = counts.losses.iter().sum();
         let _ = write!(

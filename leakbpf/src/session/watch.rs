@@ -25,7 +25,7 @@ use crate::{
     ledger::ranges::{MappingLosses, Mappings},
     probe::{kernel::Kernel, records::Record},
     process::{
-        Pid,
+        Pid, cpu_time,
         exit::{ExitWatch, ExitWatchError},
         maps::{Backing, Maps},
         status::{Identity, Stat, memory_owner},
@@ -66,7 +66,9 @@ pub struct Scope {
     pub endless: bool,
     /// Anonymous mappings are seen.
     pub mappings: bool,
-    /// How many pages are kept, where pages are looked at and nothing is probed.
+    /// Allocator functions are probed.
+    pub probes: bool,
+    /// How many pages are kept, where pages are looked at.
     pub max_pages: Option<usize>,
 }
 
@@ -90,6 +92,8 @@ pub struct Watch {
     plans: Plans,
     /// By process id; system-wide probes are under 0.
     placed: HashMap<u32, Placed>,
+    /// Probes are in place, and processes that come get theirs.
+    probing: bool,
     exits: tokio::sync::mpsc::UnboundedSender<(Pid, Owner)>,
     scope: Scope,
     /// Pages of all lives.
@@ -103,6 +107,7 @@ pub struct Watch {
     pub listed: usize,
     /// Of lives that are folded.
     pub folded_losses: MappingLosses,
+    pub folded_cpu_time: Duration,
     /// `CLOCK_MONOTONIC` when counting began.
     pub began_ns: u64,
 }
@@ -131,6 +136,7 @@ impl Watch {
             headless: Vec::new(),
             plans,
             placed: HashMap::new(),
+            probing: scope.probes,
             exits,
             scope,
             pages: 0,
@@ -139,6 +145,7 @@ impl Watch {
             detacher: Detacher::default(),
             listed: 0,
             folded_losses: MappingLosses::default(),
+            folded_cpu_time: Duration::ZERO,
             began_ns: monotonic_ns(),
         }
     }
@@ -198,6 +205,9 @@ impl Watch {
             Mappings::new(initial_break),
         ));
         self.by_owner.insert(owner, id);
+        if let Some(life) = self.lives.last_mut() {
+            life.cpu_time = cpu_time::of(pid).map(|time| (time, time));
+        }
         self.open_pagemap(id);
         self.watch_exit(pid, start_time, owner);
         id
@@ -250,7 +260,7 @@ impl Watch {
         for file in maps.executable_files() {
             self.modules.of_file(pid, file.id, Some(maps));
         }
-        if self.scope.max_pages.is_some() {
+        if !self.probing {
             return Ok(Attached { pid, functions: 0, probes: 0, looked_at: Vec::new() });
         }
         let looked_at = self.plans.of(pid, maps);
@@ -364,7 +374,7 @@ impl Watch {
             Identity::of(pid).unwrap_or_else(|_| gone(pid, parent.map(|id| &self.lives[id.0])));
         let initial_break = parent.and_then(|id| self.lives[id.0].mappings.program_break());
         self.add_life(fork.child, identity, maps.clone(), initial_break);
-        if self.scope.shared_probes || self.scope.max_pages.is_some() {
+        if self.scope.shared_probes || !self.probing {
             return;
         }
         let untouched = self.probes_untouched(fork.head.owner.tgid(), pid, &maps);
@@ -447,7 +457,7 @@ impl Watch {
     }
 
     fn probes_hang_on_threads(&self) -> bool {
-        !self.scope.shared_probes && self.scope.max_pages.is_none()
+        !self.scope.shared_probes && self.probing
     }
 
     /// When [`Self::attend_headless`] has something to do.
@@ -570,6 +580,42 @@ impl Watch {
         let links: Vec<_> =
             std::mem::take(&mut self.placed).into_values().flat_map(Placed::into_links).collect();
         self.detacher.detach(links);
+    }
+
+    /// Processor time that the processes have used while they were watched. What one used between
+    /// the last look at it and its end is not known.
+    pub fn cpu_time(&mut self) -> Duration {
+        let mut sum = self.folded_cpu_time;
+        for life in &mut self.lives {
+            let Some((first, last)) = &mut life.cpu_time else { continue };
+            if life.process.end.is_none()
+                && let Some(now) = cpu_time::of(Pid(life.process.pid))
+            {
+                *last = now.max(*last);
+            }
+            sum += last.saturating_sub(*first);
+        }
+        sum
+    }
+
+    /// Places the probes of all processes again.
+    pub fn place_all(&mut self) {
+        self.probing = true;
+        let living: Vec<Pid> =
+            self.lives.iter().filter(|life| !life.ended()).map(Life::pid).collect();
+        for pid in living {
+            let Ok(maps) = Maps::of(pid) else { continue };
+            if let Err(error) = self.place(pid, &maps) {
+                self.note(Some(pid), format!("no probes: {error}"));
+            }
+        }
+    }
+
+    /// Takes all probes away, until [`Self::place_all`].
+    pub fn take_all_away(&mut self) {
+        self.probing = false;
+        self.headless.clear();
+        self.detach();
     }
 
     /// Probes that are still being taken away.

@@ -44,7 +44,12 @@ impl Agent {
         match tracer {
             Tracer::Floor => command.args(["bench-floor"]),
             Tracer::Naive => command.args(["bench-floor", "--naive"]),
-            Tracer::Exact => command.args(["record", "--no-cache", "--interval", "1h"]),
+            Tracer::Exact if arguments.contains(&"--mode") => {
+                command.args(["record", "--no-cache", "--interval", "1h"])
+            }
+            Tracer::Exact => {
+                command.args(["record", "--no-cache", "--interval", "1h", "--mode", "exact"])
+            }
             Tracer::Pages => command.args(["record", "--no-cache", "--mode", "pages"]),
         };
         command.args(["-p", &pid.to_string()]).args(arguments);

@@ -106,7 +106,7 @@ impl Watch {
 
     /// Nothing tells of libraries where nothing is probed: looks for those that came or went.
     pub fn look_for_code(&mut self) {
-        if self.scope.max_pages.is_none() {
+        if self.probing {
             return;
         }
         for life in self.lives.iter_mut().filter(|life| !life.ended()) {

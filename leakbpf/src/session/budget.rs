@@ -1,0 +1,172 @@
+//! When probes may be in place, so that they cost no more than a share of the processes' own time.
+//!
+//! Processor time of the watched processes earns credit, what the probes cost spends it. While there is
+//! credit, the probes stay; when it is used up, they go, until there is enough for a window that is
+//! worth placing them. A process that allocates little never uses up its credit, and its probes stay
+//! for good. Credit that is not used is kept for [`CONTROL_PERIOD`] only: over such a time, no storm
+//! after a calm can cost more than twice the share, and over longer times the share holds.
+//!
+//! Pure: readings in, steps out.
+
+use std::time::Duration;
+
+/// See above.
+pub const CONTROL_PERIOD: Duration = Duration::from_secs(10);
+
+/// What a session may spend before anything is earned: some time has to be spent to learn what the
+/// probes cost.
+const FIRST_CREDIT_NS: f64 = 5e6;
+
+/// Windows are as far apart as this, where that makes them neither too short nor too long.
+const CYCLE_NS: f64 = 4e9;
+
+/// Shortest window that is planned, and longest.
+const SHORTEST_NS: f64 = 50e6;
+const LONGEST_NS: f64 = 5e9;
+
+/// A window is at least so many times as long as it takes to place the probes and to take them away.
+const WINDOW_TO_PLACING: f64 = 10.0;
+
+/// Least credit that opens a window.
+const LEAST_CREDIT_NS: f64 = 1e6;
+
+/// What was measured up to a moment, since the session began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Reading {
+    pub at_ns: u64,
+    /// Processor time of the watched processes, `spent_ns` included.
+    pub target_cpu_ns: u64,
+    /// What the probes have cost.
+    pub spent_ns: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    Stay,
+    /// Place the probes.
+    Open,
+    /// Take them away.
+    Close,
+}
+
+pub struct Budget {
+    /// Of the processes' own time.
+    share: f64,
+    /// Windows that could stay open end after this time all the same.
+    longest_window: Option<Duration>,
+    open: bool,
+    credit_ns: f64,
+    last: Reading,
+    /// When the probes were placed.
+    opened: Reading,
+    /// Own processor time of the processes per time, lately.
+    own_rate: f64,
+    /// What probes cost per time while they are in place, in the last window.
+    spending_rate: f64,
+    /// How long it takes to place the probes and to take them away.
+    placing_ns: f64,
+}
+
+impl Budget {
+    /// The probes are in place. `share` is of the processes' own processor time.
+    pub fn new(share: f64, longest_window: Option<Duration>, now: Reading) -> Self {
+        Self {
+            share,
+            longest_window,
+            open: true,
+            credit_ns: FIRST_CREDIT_NS,
+            last: now,
+            opened: now,
+            own_rate: 0.0,
+            spending_rate: 0.0,
+            placing_ns: 0.0,
+        }
+    }
+
+    pub fn is_open(&self) -> bool {
+        self.open
+    }
+
+    /// Placing the probes, or taking them away, took so long.
+    pub fn placing_took(&mut self, time: Duration) {
+        self.placing_ns = 2.0 * time.as_nanos() as f64;
+    }
+
+    /// The probes are in place since `now`.
+    pub fn opened(&mut self, now: Reading) {
+        self.take_in(now);
+        self.open = true;
+        self.opened = now;
+    }
+
+    /// The probes are gone since `now`.
+    pub fn closed(&mut self, now: Reading) {
+        self.take_in(now);
+        self.open = false;
+        let time = now.at_ns.saturating_sub(self.opened.at_ns);
+        let spent = now.spent_ns.saturating_sub(self.opened.spent_ns);
+        if time > 0 {
+            self.spending_rate = spent as f64 / time as f64;
+        }
+    }
+
+    /// What to do now.
+    pub fn decide(&mut self, now: Reading) -> Step {
+        self.take_in(now);
+        if self.open {
+            let open_for = Duration::from_nanos(now.at_ns.saturating_sub(self.opened.at_ns));
+            let over = self.longest_window.is_some_and(|longest| open_for >= longest);
+            return if self.credit_ns < 0.0 || over { Step::Close } else { Step::Stay };
+        }
+        if self.credit_ns >= self.enough_ns() { Step::Open } else { Step::Stay }
+    }
+
+    /// When to look again.
+    pub fn look_again_after(&self, now: Reading) -> Duration {
+        let open_for = Duration::from_nanos(now.at_ns.saturating_sub(self.opened.at_ns));
+        match (self.open, open_for < Duration::from_millis(200)) {
+            (true, true) => Duration::from_millis(10),
+            (true, false) => Duration::from_millis(50),
+            (false, _) => Duration::from_millis(100),
+        }
+    }
+
+    fn take_in(&mut self, now: Reading) {
+        let time = now.at_ns.saturating_sub(self.last.at_ns) as f64;
+        let spent = now.spent_ns.saturating_sub(self.last.spent_ns) as f64;
+        let target = now.target_cpu_ns.saturating_sub(self.last.target_cpu_ns) as f64;
+        // What the probes cost is estimated, the processes' time is not.
+        let own = (target - spent).max(0.0);
+        self.credit_ns += self.share * own - spent;
+        if time > 0.0 {
+            let period = CONTROL_PERIOD.as_nanos() as f64;
+            let weight = 1.0 - (-time / period).exp();
+            self.own_rate += weight * (own / time - self.own_rate);
+        }
+        self.last = now;
+        self.credit_ns = self.credit_ns.min(self.most_ns());
+    }
+
+    /// Most credit that is kept.
+    fn most_ns(&self) -> f64 {
+        let earned = self.share * self.own_rate * CONTROL_PERIOD.as_nanos() as f64;
+        earned.max(self.enough_ns()).max(FIRST_CREDIT_NS)
+    }
+
+    /// The credit that a window needs which is worth placing the probes.
+    fn enough_ns(&self) -> f64 {
+        let earning_rate = self.share * self.own_rate;
+        let open_share = if self.spending_rate > 0.0 {
+            (earning_rate / self.spending_rate).min(1.0)
+        } else {
+            1.0
+        };
+        let shortest = SHORTEST_NS.max(WINDOW_TO_PLACING * self.placing_ns);
+        let window = (open_share * CYCLE_NS).clamp(shortest, LONGEST_NS.max(shortest));
+        ((self.spending_rate - earning_rate).max(0.0) * window).max(LEAST_CREDIT_NS)
+    }
+}
+
+#[cfg(test)]
+#[path = "budget_tests.rs"]
+mod tests;

@@ -1,0 +1,163 @@
+use super::*;
+
+const MS: u64 = 1_000_000;
+
+/// Processes that run on some processors and whose probes cost something while they are in place.
+struct Simulation {
+    budget: Budget,
+    now: Reading,
+    /// When the steps came.
+    steps: Vec<(u64, Step)>,
+    open_ns: u64,
+}
+
+/// How processes behave for a time.
+#[derive(Clone, Copy)]
+struct Load {
+    ms: u64,
+    /// Processors that they use.
+    processors: f64,
+    /// What probes cost, as a multiple of the processes' own time.
+    price: f64,
+}
+
+impl Simulation {
+    fn new(share: f64) -> Self {
+        let now = Reading::default();
+        Self { budget: Budget::new(share, None, now), now, steps: Vec::new(), open_ns: 0 }
+    }
+
+    fn run(&mut self, load: Load) {
+        let end = self.now.at_ns + load.ms * MS;
+        while self.now.at_ns < end {
+            let tick = self.budget.look_again_after(self.now).as_nanos() as u64;
+            let busy = tick as f64 * load.processors;
+            // The processes' time is as long with probes; they only get less done in it.
+            let spent =
+                if self.budget.is_open() { busy * load.price / (1.0 + load.price) } else { 0.0 };
+            if self.budget.is_open() {
+                self.open_ns += tick;
+            }
+            self.now.at_ns += tick;
+            self.now.target_cpu_ns += busy as u64;
+            self.now.spent_ns += spent as u64;
+            let step = self.budget.decide(self.now);
+            match step {
+                Step::Stay => continue,
+                Step::Open => self.budget.opened(self.now),
+                Step::Close => self.budget.closed(self.now),
+            }
+            self.steps.push((self.now.at_ns, step));
+        }
+    }
+
+    fn share(&self) -> f64 {
+        let own = self.now.target_cpu_ns - self.now.spent_ns;
+        self.now.spent_ns as f64 / own as f64
+    }
+}
+
+#[test]
+fn probes_that_cost_less_than_the_share_stay() {
+    let mut simulation = Simulation::new(0.01);
+    simulation.run(Load { ms: 60_000, processors: 1.0, price: 0.008 });
+    assert_eq!(simulation.steps, []);
+    assert!(simulation.share() < 0.0085);
+}
+
+#[test]
+fn nothing_costs_an_idle_process_anything() {
+    let mut simulation = Simulation::new(0.01);
+    simulation.run(Load { ms: 600_000, processors: 0.0, price: 5.0 });
+    assert_eq!((simulation.now.spent_ns, simulation.steps.len()), (0, 0));
+}
+
+#[test]
+fn a_server_whose_probes_cost_five_times_its_time_is_seen_through_windows() {
+    let mut simulation = Simulation::new(0.01);
+    simulation.run(Load { ms: 60_000, processors: 1.0, price: 5.0 });
+    assert!(simulation.share() <= 0.0105, "{}", simulation.share());
+    assert!(simulation.share() >= 0.006, "credit is used: {}", simulation.share());
+    let windows = simulation.steps.iter().filter(|(_, step)| *step == Step::Close).count();
+    assert!((6..60).contains(&windows), "{windows} windows");
+    assert!(simulation.open_ns / windows as u64 >= 40 * MS, "long enough to see something");
+}
+
+#[test]
+fn a_storm_is_answered_at_once() {
+    let mut simulation = Simulation::new(0.01);
+    simulation.run(Load { ms: 1000, processors: 64.0, price: 100.0 });
+    let &(at_ns, step) = simulation.steps.first().expect("a step");
+    assert_eq!(step, Step::Close);
+    assert!(at_ns <= 20 * MS, "{at_ns}");
+    // And after a calm, in which credit has been saved.
+    let mut simulation = Simulation::new(0.01);
+    simulation.run(Load { ms: 100_000, processors: 1.0, price: 0.001 });
+    assert_eq!(simulation.steps, []);
+    let began = simulation.now.at_ns;
+    simulation.run(Load { ms: 2000, processors: 2.0, price: 100.0 });
+    let &(at_ns, step) = simulation.steps.first().expect("a step");
+    assert_eq!(step, Step::Close);
+    assert!(at_ns - began <= 150 * MS, "{}", at_ns - began);
+}
+
+/// Loads that change every minute for an hour.
+#[test]
+fn the_share_holds_whatever_the_load_does() {
+    let mut state = 11u64;
+    let mut random = move || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 33) as f64 / f64::from(1u32 << 31)
+    };
+    for share in [0.005, 0.01, 0.05] {
+        let mut simulation = Simulation::new(share);
+        for _ in 0..60 {
+            let before = simulation.now;
+            let processors = [0.01, 0.3, 1.0, 2.0, 16.0][(random() * 5.0) as usize];
+            let price = [0.0, 0.005, 0.05, 0.5, 5.0][(random() * 5.0) as usize];
+            simulation.run(Load { ms: 60_000, processors, price });
+            assert!(
+                simulation.share() < share + 0.005,
+                "{} of {share} after {processors} processors, {price}",
+                simulation.share()
+            );
+            // What was saved in a calm minute may be spent in the next one, but no more.
+            let spent = (simulation.now.spent_ns - before.spent_ns) as f64;
+            let own = (simulation.now.target_cpu_ns - before.target_cpu_ns) as f64 - spent;
+            let saved = share * 16.0 * CONTROL_PERIOD.as_nanos() as f64;
+            assert!(spent <= (share + 0.005) * own + saved, "{spent} of {own}");
+        }
+    }
+}
+
+#[test]
+fn probes_come_back_to_stay_when_the_load_allows_it() {
+    let mut simulation = Simulation::new(0.01);
+    simulation.run(Load { ms: 60_000, processors: 1.0, price: 5.0 });
+    simulation.run(Load { ms: 120_000, processors: 1.0, price: 0.002 });
+    assert!(simulation.budget.is_open());
+    let &(at_ns, _) = simulation.steps.last().expect("a step");
+    assert!(at_ns < 80_000 * MS, "{at_ns}");
+}
+
+#[test]
+fn a_window_has_an_end_where_one_is_asked_for() {
+    let longest = Duration::from_millis(500);
+    let mut simulation = Simulation::new(0.5);
+    simulation.budget = Budget::new(0.5, Some(longest), Reading::default());
+    simulation.run(Load { ms: 10_000, processors: 1.0, price: 0.01 });
+    let closes = simulation.steps.iter().filter(|(_, step)| *step == Step::Close).count();
+    assert!((14..=20).contains(&closes), "{closes}");
+}
+
+#[test]
+fn slow_placing_makes_for_longer_windows() {
+    let run = |placing_ms| {
+        let mut simulation = Simulation::new(0.01);
+        simulation.budget.placing_took(Duration::from_millis(placing_ms));
+        simulation.run(Load { ms: 300_000, processors: 1.0, price: 1.0 });
+        let windows = simulation.steps.iter().filter(|(_, step)| *step == Step::Close).count();
+        simulation.open_ns / windows as u64
+    };
+    assert!(run(50) > 5 * run(1), "{} {}", run(50), run(1));
+}

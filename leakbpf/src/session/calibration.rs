@@ -1,0 +1,63 @@
+//! What a trap into the kernel costs on this machine, measured on the agent itself.
+
+use std::{
+    num::NonZeroU32,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    probe::kernel::{Kernel, KernelError, Program},
+    process::{Pid, mapped_file::MappedFile, maps::Maps},
+};
+
+/// Until it is measured, and where it can't be: about what a virtual machine takes.
+pub const USUAL_TRAP: Duration = Duration::from_nanos(700);
+
+const CALLS: u32 = 2000;
+const ROUNDS: usize = 5;
+
+// A function like those that are probed: the kernel emulates its first instruction.
+#[cfg(target_arch = "x86_64")]
+std::arch::global_asm!(
+    ".p2align 4",
+    ".globl leakbpf_calibration_function",
+    "leakbpf_calibration_function:",
+    "push rbp",
+    "pop rbp",
+    "ret",
+);
+
+unsafe extern "C" {
+    fn leakbpf_calibration_function();
+}
+
+/// Mean time that a probe at a function's entry or end takes, with an empty program.
+pub fn trap(kernel: &mut Kernel) -> Result<Option<Duration>, KernelError> {
+    let own = Pid::current();
+    let address = leakbpf_calibration_function as *const () as u64;
+    let Ok(maps) = Maps::of(own) else { return Ok(None) };
+    let Some(mapping) = maps.find(address) else { return Ok(None) };
+    let Ok(file) = MappedFile::open(own, mapping) else { return Ok(None) };
+    let offset = address - mapping.start_avma + mapping.file_offset;
+    let path = file.probe_path();
+    let pid = NonZeroU32::new(own.0);
+    let untraced = time_a_call();
+    let _leave = kernel.place(Program::EmptyLeave, &path, offset, 0, pid)?;
+    let _enter = kernel.place(Program::EmptyEnter, &path, offset, 0, pid)?;
+    Ok(Some(time_a_call().saturating_sub(untraced) / 2))
+}
+
+/// The median of a few rounds: a machine under load interrupts some.
+fn time_a_call() -> Duration {
+    let mut rounds = [Duration::ZERO; ROUNDS];
+    for round in &mut rounds {
+        let began = Instant::now();
+        for _ in 0..CALLS {
+            // SAFETY: the function takes nothing and changes nothing.
+            unsafe { leakbpf_calibration_function() };
+        }
+        *round = began.elapsed() / CALLS;
+    }
+    rounds.sort_unstable();
+    rounds[ROUNDS / 2]
+}

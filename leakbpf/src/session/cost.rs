@@ -1,0 +1,73 @@
+//! What the session costs the processes that it watches, and itself.
+
+use std::time::Duration;
+
+use super::{
+    SessionError,
+    budget::Reading,
+    calibration,
+    config::Method,
+    watch::{Watch, monotonic_ns},
+};
+use crate::{process::cpu_time, profile};
+
+/// A page fault that is looked at costs about 0.4 of a trap, and another whole one when its page is
+/// chosen, its stack included: docs/overhead.md has the measurement.
+const FAULT_IN_TRAPS: f64 = 0.4;
+const CHOSEN_FAULT_IN_TRAPS: f64 = 1.0;
+
+pub struct Meter {
+    /// What a probe costs without what its program does.
+    trap: Duration,
+    page_interval: Option<u32>,
+}
+
+impl Meter {
+    pub fn new(method: Method) -> Self {
+        Self { trap: calibration::USUAL_TRAP, page_interval: method.page_interval() }
+    }
+
+    pub fn calibrate(&mut self, trap: Duration) {
+        self.trap = trap;
+    }
+
+    /// What was used since the session began.
+    pub fn read(&self, watch: &mut Watch) -> Result<Reading, SessionError> {
+        Ok(Reading {
+            at_ns: monotonic_ns(),
+            target_cpu_ns: nanoseconds(watch.cpu_time()),
+            spent_ns: self.spent_ns(watch)?,
+        })
+    }
+
+    fn spent_ns(&self, watch: &Watch) -> Result<u64, SessionError> {
+        let trap = self.trap.as_nanos() as f64;
+        let cost = watch.kernel.cost()?;
+        let program = if cost.timed == 0 { 0.0 } else { cost.timed_ns as f64 / cost.timed as f64 };
+        let mut spent = cost.hits as f64 * (trap + program);
+        if let Some(one_in) = self.page_interval {
+            let chosen = watch.kernel.counts()?.pages_touched as f64;
+            let faults = chosen * f64::from(one_in);
+            spent += (faults * FAULT_IN_TRAPS + chosen * CHOSEN_FAULT_IN_TRAPS) * trap;
+        }
+        Ok(spent as u64)
+    }
+
+    /// For a profile.
+    pub fn cost(&self, watch: &mut Watch, method: Method) -> Result<profile::Cost, SessionError> {
+        let reading = self.read(watch)?;
+        let (agent_cpu, agent_peak_rss_bytes) = cpu_time::own();
+        Ok(profile::Cost {
+            limit_ppm: method.limit().map(|limit| limit.ppm),
+            target_cpu_ns: reading.target_cpu_ns,
+            hits: watch.kernel.cost()?.hits,
+            spent_ns: reading.spent_ns,
+            agent_cpu_ns: nanoseconds(agent_cpu),
+            agent_peak_rss_bytes,
+        })
+    }
+}
+
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
