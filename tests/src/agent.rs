@@ -233,6 +233,17 @@ impl Session {
         self.printed.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
     }
 
+    /// Processor time that it has used.
+    pub fn cpu_time(&self) -> Duration {
+        let schedstat = |entry: fs::DirEntry| fs::read_to_string(entry.path().join("schedstat"));
+        let threads = fs::read_dir(format!("/proc/{}/task", self.pid())).expect("it runs");
+        let spent = threads.flatten().filter_map(|thread| {
+            let text = schedstat(thread).ok()?;
+            text.split(' ').next()?.parse::<u64>().ok()
+        });
+        Duration::from_nanos(spent.sum())
+    }
+
     pub fn signal(&self, signal: i32) {
         // SAFETY: the child was not waited for, so its process id is still its own.
         let result = unsafe { libc::kill(self.pid() as i32, signal) };

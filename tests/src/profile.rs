@@ -12,6 +12,8 @@ pub struct Profile {
     pub processes: Vec<Process>,
     pub totals: Totals,
     pub estimate: Option<Estimate>,
+    pub windows: Option<Windows>,
+    pub cost: Cost,
     pub losses: BTreeMap<String, u64>,
     pub events: Vec<ReportedEvent>,
     pub sites: Vec<Site>,
@@ -26,6 +28,27 @@ pub struct Estimate {
     pub one_in: Option<u64>,
     pub sample_interval_bytes: Option<u64>,
     pub confidence_percent: u64,
+}
+
+/// Windows in which every call of an allocator was counted.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Windows {
+    pub count: u32,
+    pub open_ns: u64,
+    pub survival_ns: u64,
+    pub survivors: Totals,
+}
+
+/// What the session cost.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Cost {
+    pub max_overhead_percent: Option<f64>,
+    pub overhead_percent: Option<f64>,
+    pub target_cpu_ns: u64,
+    pub spent_ns: u64,
+    pub probe_hits: u64,
+    pub agent_cpu_ns: u64,
+    pub agent_peak_rss_bytes: u64,
 }
 
 #[derive(Debug, Clone, Deserialize)]
