@@ -10,7 +10,7 @@ use super::{
 use crate::{
     preflight::{host::HostFacts, kernel_version::KernelVersion, tracepoint::TracepointFormat},
     probe::{
-        kernel::{Kernel, PageChoice, ReturnInstances, Settings},
+        kernel::{Kernel, Links, PageChoice, ReturnInstances, Settings},
         planner,
     },
     process::{host, select::Selector, tracefs},
@@ -62,7 +62,17 @@ fn settings(config: &Config) -> Result<Settings, SessionError> {
             Mode::Sample { interval_bytes } => interval_bytes,
             Mode::Exact | Mode::Pages { .. } => 0,
         },
+        links: config.links.unwrap_or_else(|| suitable_links(config)),
     })
+}
+
+/// Links to many places come and go at once and cost less at a hit. But when they are for one
+/// process, the kernel does not run their programs in a child of `vfork` (it shares the memory, but
+/// not the thread group: `uprobe_prog_run` in kernel/trace/bpf_trace.c), and children that are not
+/// followed keep the breakpoints. So whoever counts every block does without.
+fn suitable_links(config: &Config) -> Links {
+    let sampled = matches!(config.mode, Mode::Sample { .. }) && config.follow_forks;
+    if config.shared_probes || sampled { Links::Many } else { Links::Single }
 }
 
 /// Where a field lies in a tracepoint's record, in bytes.

@@ -626,7 +626,7 @@ impl Session<'_> {
         self.watch.modules.save();
         printed?;
         let left = self.watch.detaching();
-        // Some 70 ms each (see `Watch::detach`): silence for seconds looks like a hang.
+        // Up to 70 ms each (see `Watch::detach`): silence for seconds looks like a hang.
         if left > 15 && terminal::Progress::new().shown() {
             eprintln!("leakbpf: taking {left} probes away …");
         }
