@@ -3,7 +3,7 @@
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use leakbpf::profile::Mode;
+use leakbpf::{probe::kernel::Links, profile::Mode};
 use leakbpf_common::sampling;
 
 #[derive(Debug, Parser)]
@@ -110,6 +110,9 @@ pub struct RecordArgs {
     /// Most kernel memory for unwind tables; files beyond it are walked by frame pointers
     #[arg(long, value_name = "SIZE", value_parser = size, default_value = "192MiB")]
     pub max_tables: u64,
+    /// What holds the probes
+    #[arg(long, value_enum, hide = true)]
+    pub links: Option<LinksArg>,
     /// Look all names up anew: neither use nor keep those in ~/.cache/leakbpf
     #[arg(long)]
     pub no_cache: bool,
@@ -168,6 +171,9 @@ pub struct BenchFloorArgs {
     /// Place at the functions' first instructions, as other tools do
     #[arg(long)]
     pub naive: bool,
+    /// What holds the probes
+    #[arg(long, value_enum, default_value_t = LinksArg::Many)]
+    pub links: LinksArg,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -196,6 +202,22 @@ pub enum StackArg {
     Dwarf64,
     /// By frame pointers: most programs of distributions are built without
     Fp,
+}
+
+/// See `leakbpf::probe::kernel::Links`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LinksArg {
+    Many,
+    Single,
+}
+
+impl From<LinksArg> for Links {
+    fn from(argument: LinksArg) -> Self {
+        match argument {
+            LinksArg::Many => Self::Many,
+            LinksArg::Single => Self::Single,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -94,8 +94,14 @@ impl Leakbpf {
         session
     }
 
-    /// Starts it and does not wait.
-    pub fn spawn(self) -> Session {
+    /// Starts it and does not wait. What holds its probes can be chosen for all tests
+    /// (`LEAKBPF_LINKS`: `many` or `single`).
+    pub fn spawn(mut self) -> Session {
+        if let Ok(links) = env::var("LEAKBPF_LINKS")
+            && !self.arguments.iter().any(|argument| argument.starts_with("--links"))
+        {
+            self.arguments.push(format!("--links={links}"));
+        }
         let directory = tempfile::tempdir().expect("a temporary directory");
         let output = self.output.unwrap_or_else(|| directory.path().join("report.json"));
         let mut command = leakbpf_command();

@@ -178,3 +178,16 @@ fn bpf(command: i32, attributes: &mut [u32]) -> Option<i32> {
     }
     Some(result as i32)
 }
+
+/// How many links of a kind a process holds, as the kernel names it (`perf`, `uprobe_multi`, …).
+pub fn links_of(pid: u32, kind: &str) -> usize {
+    let fdinfo = fs::read_dir(format!("/proc/{pid}/fdinfo")).expect("a living process");
+    fdinfo
+        .filter_map(|entry| fs::read_to_string(entry.ok()?.path()).ok())
+        .filter(|info| {
+            info.lines().any(|line| {
+                line.strip_prefix("link_type:").is_some_and(|found| found.trim() == kind)
+            })
+        })
+        .count()
+}

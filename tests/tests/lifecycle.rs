@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use leakbpf_tests::{
-    Allocator, BpfIds, Leakbpf, Program, Target, assert_exact_on, c_program, require_program,
-    text_differences,
+    Allocator, BpfIds, Leakbpf, Program, Target, assert_exact_on, assert_heap_equals, c_program,
+    links_of, require_program, text_differences,
 };
 
 /// Breakpoints go when the last descriptor is closed, which the kernel may do a moment after the
@@ -103,6 +103,52 @@ fn a_stop_in_the_middle_of_a_storm_takes_less_than_a_few_seconds() {
     session.stop();
     assert!(asked.elapsed() < Duration::from_secs(3), "{:?}", asked.elapsed());
     target.end("storm 2000 9");
+}
+
+/// Kernels before 6.6 have no links to many places: there, nothing is left to test.
+fn has_links_to_many_places(agent: u32) -> bool {
+    let has = links_of(agent, "uprobe_multi") > 0;
+    let version = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("a kernel");
+    let mut numbers = version.split(['.', '-']).map_while(|word| word.parse::<u32>().ok());
+    let version = (numbers.next(), numbers.next());
+    // The limit to processes came with 6.10.
+    assert!(has || version < (Some(6), Some(10)), "no link to many places on {version:?}");
+    has
+}
+
+/// Their probes come and go together.
+#[test]
+fn links_to_many_places_are_gone_within_a_second() {
+    let mut target = Target::start(&c_program("heap", Allocator::Glibc));
+    for mode in ["--mode=sample", "--mode=exact"] {
+        let session =
+            Leakbpf::record().pid(target.pid()).argument(mode).argument("--links=many").start();
+        let attached_ns = session.attached_ns();
+        target.run("many 10 123");
+        if !has_links_to_many_places(session.pid()) {
+            return;
+        }
+        assert!(!text_differences(target.pid()).is_empty(), "breakpoints are seen");
+        let asked = Instant::now();
+        session.signal(libc::SIGINT);
+        assert_text_is_clean(target.pid());
+        assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
+        let books = target.books();
+        let mut session = session;
+        let profile = session.report();
+        if mode == "--mode=exact" {
+            assert_heap_equals(&profile, target.pid(), &books, attached_ns);
+        }
+    }
+}
+
+#[test]
+fn a_session_that_counts_every_block_has_a_link_for_each_probe() {
+    let target = Target::start(&c_program("heap", Allocator::Glibc));
+    let session = Leakbpf::record().pid(target.pid()).argument("--links=single").start();
+    assert_eq!(links_of(session.pid(), "uprobe_multi"), 0);
+    assert!(links_of(session.pid(), "perf") > 15);
+    session.stop();
 }
 
 /// The allocator's file exists only in the target's own mount namespace.

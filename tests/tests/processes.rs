@@ -48,6 +48,26 @@ fn shared_probes_see_a_child_from_its_first_instruction() {
     }
 }
 
+/// Whether a child of [`Target::run`]`("fork_at_once")` is known completely, or counted as one that is
+/// not, also with probes whose breakpoints stay in a child that hits them.
+#[test]
+fn a_child_that_allocates_before_it_has_probes_is_counted() {
+    const CHILDREN: usize = 5;
+    for links in ["many", "single"] {
+        let mut target = Target::start(&c_program("processes", Allocator::Glibc));
+        let session =
+            Leakbpf::record().pid(target.pid()).argument(format!("--links={links}")).start();
+        let children: Vec<u32> =
+            (0..CHILDREN).map(|_| child_of(&target.run("fork_at_once"))).collect();
+        let profile = session.stop();
+        let known =
+            children.iter().filter(|child| profile.heap_blocks(**child).len() == 10).count();
+        let late = profile.losses["children_seen_late"] as usize;
+        assert!(known + late >= CHILDREN, "{links}: {known} known, {late} late");
+        assert!(known < CHILDREN, "{links}: none was late, so this shows nothing");
+    }
+}
+
 fn child_of(said: &[String]) -> u32 {
     said.iter()
         .find_map(|line| line.strip_prefix("child ")?.parse().ok())
@@ -86,6 +106,7 @@ fn vfork_and_exec_leave_the_parents_books_alone() {
 
 #[test]
 fn what_a_child_of_vfork_allocates_is_the_parents() {
+    // Other links do not see it: see `suitable_links`.
     assert_exact(&c_program("processes", Allocator::Glibc), &["vfork_allocates"]);
 }
 

@@ -39,6 +39,7 @@ pub fn run() -> Result<u8, Failure> {
         shared_probes: false,
         max_blocks: 1 << 18,
         stack: StackMethod::Auto,
+        links: None,
         max_table_bytes: 192 << 20,
         cache: true,
         quiet: true,

@@ -78,6 +78,7 @@ fn config(args: RecordArgs) -> anyhow::Result<Config> {
             StackArg::Dwarf64 => StackMethod::RowsBounded,
             StackArg::Fp => StackMethod::FramePointers,
         },
+        links: args.links.map(Into::into),
         max_table_bytes: args.max_tables,
         cache: !args.no_cache,
         quiet: args.quiet,

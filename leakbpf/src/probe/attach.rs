@@ -1,11 +1,11 @@
-//! One probe: a perf event on an instruction of a file, on a tracepoint or on the page faults of a
-//! CPU, and a program linked to it.
+//! Probes: a program linked to many instructions of a file at once, or to one perf event: on an
+//! instruction of a file, on a tracepoint or on the page faults of a CPU.
 //!
-//! aya can do this too, but it loads a test program before each attach, takes kernels whose release
-//! it cannot parse for old ones, and needs tracefs mounted.
+//! aya can do the latter too, but it loads a test program before each attach, takes kernels whose
+//! release it cannot parse for old ones, and needs tracefs mounted.
 
 use std::{
-    ffi::CString,
+    ffi::{CStr, CString},
     io,
     num::NonZeroU32,
     os::{
@@ -66,11 +66,107 @@ const PERF_COUNT_SW_PAGE_FAULTS: u64 = 2;
 const PERF_SAMPLE_ADDR: u64 = 1 << 3;
 const PERF_FLAG_FD_CLOEXEC: libc::c_long = 8;
 
-/// A placed probe. The kernel takes the breakpoint away when the last descriptor of the link is
+/// Placed probes. The kernel takes their breakpoints away when the last descriptor of the link is
 /// closed, also when the agent is killed.
 #[derive(Debug)]
 pub struct Link {
     _link: OwnedFd,
+    many: bool,
+}
+
+impl Link {
+    /// Whether others can be closed at the same time, so that one grace period of the kernel does
+    /// for all. Those of perf events wait for each other (`event_mutex`).
+    pub fn closes_with_others(&self) -> bool {
+        self.many
+    }
+}
+
+/// An instruction to be probed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Site {
+    pub file_offset: u64,
+    /// What the program is told there.
+    pub cookie: u64,
+}
+
+/// `union bpf_attr` for `BPF_LINK_CREATE` on many instructions of a file.
+#[repr(C)]
+#[derive(Default)]
+struct MultiLinkArgs {
+    prog_fd: u32,
+    target_fd: u32,
+    attach_type: u32,
+    flags: u32,
+    path: u64,
+    offsets: u64,
+    ref_ctr_offsets: u64,
+    cookies: u64,
+    cnt: u32,
+    multi_flags: u32,
+    pid: u32,
+    pad: u32,
+}
+
+const _: () = assert!(size_of::<MultiLinkArgs>() == 64);
+
+/// `BPF_TRACE_UPROBE_MULTI`
+pub const UPROBE_MULTI: u32 = 48;
+const BPF_F_UPROBE_MULTI_RETURN: u32 = 1;
+
+/// As [`attach`], at many instructions at once. `pid` is the id of a process, not of a thread, and
+/// of one whose first thread lives: the kernel looks for its memory there.
+pub fn attach_multi(
+    program: BorrowedFd<'_>,
+    at_return: bool,
+    file: &Path,
+    sites: &[Site],
+    pid: Option<NonZeroU32>,
+) -> io::Result<Link> {
+    let path = CString::new(file.as_os_str().as_bytes())?;
+    let pid = pid.map_or(0, NonZeroU32::get);
+    Ok(Link { _link: link_multi(program, at_return, &path, sites, pid)?, many: true })
+}
+
+fn link_multi(
+    program: BorrowedFd<'_>,
+    at_return: bool,
+    path: &CStr,
+    sites: &[Site],
+    pid: u32,
+) -> io::Result<OwnedFd> {
+    let offsets: Vec<u64> = sites.iter().map(|site| site.file_offset).collect();
+    let cookies: Vec<u64> = sites.iter().map(|site| site.cookie).collect();
+    let args = MultiLinkArgs {
+        prog_fd: program.as_raw_fd() as u32,
+        attach_type: UPROBE_MULTI,
+        path: path.as_ptr() as u64,
+        offsets: offsets.as_ptr() as u64,
+        cookies: cookies.as_ptr() as u64,
+        cnt: sites.len() as u32,
+        multi_flags: if at_return { BPF_F_UPROBE_MULTI_RETURN } else { 0 },
+        pid,
+        ..MultiLinkArgs::default()
+    };
+    // SAFETY: `args` is the command's part of `union bpf_attr`, which it does not write to; what it
+    // points to lives until the call returns.
+    owned(unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_LINK_CREATE,
+            std::ptr::from_ref(&args),
+            size_of::<MultiLinkArgs>(),
+        )
+    })
+}
+
+/// Whether links to many instructions can be limited to a process. Kernels before 6.10 meant one
+/// thread (46ba0e49b642, "bpf: fix multi-uprobe PID filtering logic", also in 6.6.33 and 6.9.4);
+/// since then they refuse a negative id before they look at the file.
+pub fn multi_is_by_process(program: BorrowedFd<'_>) -> bool {
+    let site = [Site { file_offset: 1, cookie: 0 }];
+    let error = link_multi(program, false, c"/", &site, u32::MAX);
+    error.is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL))
 }
 
 /// Number of the uprobe PMU.
@@ -84,15 +180,14 @@ fn uprobe_type() -> io::Result<u32> {
     Ok(*TYPE.get_or_init(|| number))
 }
 
-/// Places a probe at `file_offset` of `file`. With `at_return`, the program runs when the function
-/// returns, and `file_offset` is where its return address lies on top of the stack. Without `pid`,
-/// every process that maps the file gets the probe.
+/// Places a probe in `file`. With `at_return`, the program runs when the function returns, and the
+/// site is where its return address lies on top of the stack. Without `pid`, every process that
+/// maps the file gets the probe.
 pub fn attach(
     program: BorrowedFd<'_>,
     at_return: bool,
     file: &Path,
-    file_offset: u64,
-    cookie: u64,
+    site: Site,
     pid: Option<NonZeroU32>,
 ) -> io::Result<Link> {
     let path = CString::new(file.as_os_str().as_bytes())?;
@@ -101,11 +196,11 @@ pub fn attach(
         // Bit 0 is `retprobe` (/sys/bus/event_source/devices/uprobe/format/retprobe).
         config: u64::from(at_return),
         uprobe_path: path.as_ptr() as u64,
-        probe_offset: file_offset,
+        probe_offset: site.file_offset,
         ..PerfEventAttr::every_hit()
     };
     // SAFETY: the path that `attr` points to lives until the call returns.
-    link(program, unsafe { open(&attr, pid, FIRST_CPU) }?, cookie)
+    link(program, unsafe { open(&attr, pid, FIRST_CPU) }?, site.cookie)
 }
 
 /// Runs `program` at every event of a tracepoint, on all CPUs. `id` stands in its format file.
@@ -173,10 +268,10 @@ fn link(program: BorrowedFd<'_>, event: OwnedFd, cookie: u64) -> io::Result<Link
     };
     // The link keeps the event; its own descriptor is closed here, or the breakpoint would outlive
     // the link.
-    Ok(Link { _link: owned(link)? })
+    Ok(Link { _link: owned(link)?, many: false })
 }
 
-fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
+pub fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
     if result < 0 {
         return Err(io::Error::last_os_error());
     }

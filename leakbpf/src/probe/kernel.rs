@@ -1,11 +1,18 @@
 //! The kernel side, loaded: programs, maps and links.
 
-use std::{io, num::NonZeroU32, os::fd::AsFd as _, path::Path, sync::Arc};
+use std::{
+    collections::HashMap,
+    io,
+    num::NonZeroU32,
+    os::fd::{AsFd as _, OwnedFd},
+    path::Path,
+    sync::Arc,
+};
 
 use aya::{
     Btf, Ebpf, EbpfLoader, VerifierLogLevel, include_bytes_aligned,
     maps::{Map, MapData, PerCpuArray, RingBuf},
-    programs::{FEntry, FExit, PerfEvent, ProbeKind, TracePoint, UProbe},
+    programs::{FEntry, FExit, PerfEvent, TracePoint, UProbe},
 };
 use leakbpf_common::{
     abi::{
@@ -17,8 +24,12 @@ use leakbpf_common::{
 };
 
 use super::{
-    attach::{Link, attach, attach_page_faults, attach_tracepoint},
+    attach::{
+        Link, Site, attach, attach_multi, attach_page_faults, attach_tracepoint,
+        multi_is_by_process,
+    },
     kernel_types::KernelTypes,
+    program,
     tables::Table,
     unwind_maps::UnwindMaps,
 };
@@ -47,6 +58,17 @@ pub struct Settings {
     pub pages: Option<PageChoice>,
     /// Bytes from one recorded block to the next, on average; 0 records every block.
     pub sample_interval_bytes: u32,
+    pub links: Links,
+}
+
+/// What holds probes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Links {
+    /// One link for all probes of a program in a file, where the kernel has such links: they come
+    /// and go together.
+    Many,
+    /// One perf event for each probe.
+    Single,
 }
 
 /// Which pages are looked at.
@@ -125,6 +147,11 @@ impl Program {
         Self::EmptyLeave,
     ];
 
+    /// Runs when the function returns.
+    const fn at_return(self) -> bool {
+        matches!(self, Self::AllocLeave | Self::EmptyLeave)
+    }
+
     const fn name(self) -> &'static str {
         match self {
             Self::AllocEnter => "alloc_enter",
@@ -198,8 +225,18 @@ struct CostEntry(Cost);
 // SAFETY: integers without padding.
 unsafe impl aya::Pod for CostEntry {}
 
+/// Probes that were to be placed together.
+#[derive(Debug, Default)]
+pub struct Placing {
+    pub links: Vec<Link>,
+    /// Which of them could not be placed.
+    pub refused: Vec<(Site, KernelError)>,
+}
+
 pub struct Kernel {
     ebpf: Ebpf,
+    /// Programs for links to many places; none where the kernel has no such links.
+    multi: HashMap<Program, OwnedFd>,
     pub blocks: Table<BlockKey, Block>,
     pub sites: Table<SiteKey, SiteCounters>,
     pub threads: Table<u64, ThreadState>,
@@ -270,6 +307,10 @@ impl Kernel {
             .override_global("SAMPLE_INTERVAL", &settings.sample_interval_bytes, true)
             .map_max_entries("BLOCKS", settings.max_blocks);
         let mut ebpf = loader.load(OBJECT).map_err(load_error)?;
+        let multi = match settings.links {
+            Links::Many if settings.probes => load_multi(&ebpf),
+            Links::Many | Links::Single => HashMap::new(),
+        };
         let counts = PerCpuArray::try_from(take_map(&mut ebpf, "COUNTS")?).map_err(load_error)?;
         let costs = PerCpuArray::try_from(take_map(&mut ebpf, "COSTS")?).map_err(load_error)?;
         let blocks = table(&mut ebpf, "BLOCKS")?;
@@ -285,6 +326,7 @@ impl Kernel {
         let unwind = Arc::new(unwind);
         let mut kernel = Self {
             ebpf,
+            multi,
             blocks,
             sites,
             threads,
@@ -304,9 +346,11 @@ impl Kernel {
         if !settings.probes {
             return Ok(kernel);
         }
-        for program in Program::ALL {
-            let name = program.name();
-            kernel.program::<UProbe>(name)?.load().map_err(failed(name))?;
+        if kernel.multi.is_empty() {
+            for program in Program::ALL {
+                let name = program.name();
+                kernel.program::<UProbe>(name)?.load().map_err(failed(name))?;
+            }
         }
         Ok(kernel)
     }
@@ -410,25 +454,61 @@ impl Kernel {
         Ok(())
     }
 
-    /// Places a probe at a file offset. `pid` limits it to one process; without it, every process
-    /// that maps the file gets it.
+    /// Places probes in a file, with one link if the kernel can do that. `pid` limits them to one
+    /// process, through one of its threads; without it, every process that maps the file gets them.
     pub fn place(
         &mut self,
         program: Program,
         file: &Path,
-        file_offset: u64,
-        cookie: u64,
+        sites: &[Site],
+        pid: Option<NonZeroU32>,
+    ) -> Placing {
+        if let Some(fd) = self.multi.get(&program)
+            && let Ok(link) = attach_multi(fd.as_fd(), program.at_return(), file, sites, pid)
+        {
+            return Placing { links: vec![link], refused: Vec::new() };
+        }
+        // One of them may be refused, or the process's first thread has ended.
+        self.place_single(program, file, sites, pid)
+    }
+
+    /// As [`Self::place`], with a link for each.
+    pub fn place_single(
+        &mut self,
+        program: Program,
+        file: &Path,
+        sites: &[Site],
+        pid: Option<NonZeroU32>,
+    ) -> Placing {
+        let mut placing = Placing::default();
+        for &site in sites {
+            match self.place_one(program, file, site, pid) {
+                Ok(link) => placing.links.push(link),
+                Err(error) => placing.refused.push((site, error)),
+            }
+        }
+        placing
+    }
+
+    fn place_one(
+        &mut self,
+        program: Program,
+        file: &Path,
+        site: Site,
         pid: Option<NonZeroU32>,
     ) -> Result<Link, KernelError> {
-        let uprobe: &mut UProbe = self.program(program.name())?;
+        let name = program.name();
         let failed = |reason: String| KernelError::Attach {
-            program: program.name(),
-            place: format!("{}+{file_offset:#x}", file.display()),
+            program: name,
+            place: format!("{}+{:#x}", file.display(), site.file_offset),
             reason,
         };
-        let at_return = matches!(uprobe.kind(), ProbeKind::Return);
+        let uprobe: &mut UProbe = self.program(name)?;
+        if uprobe.fd().is_err() {
+            uprobe.load().map_err(|error| failed(chain(&error)))?;
+        }
         let fd = uprobe.fd().map_err(|error| failed(chain(&error)))?;
-        attach(fd.as_fd(), at_return, file, file_offset, cookie, pid)
+        attach(fd.as_fd(), program.at_return(), file, site, pid)
             .map_err(|error| failed(error.to_string()))
     }
 
@@ -498,6 +578,23 @@ impl Kernel {
         }
         Ok(counts)
     }
+}
+
+/// The uprobe programs for links to many places. None when the kernel has no such links, or takes
+/// them wrong: then each probe gets its own.
+fn load_multi(ebpf: &Ebpf) -> HashMap<Program, OwnedFd> {
+    let loaded = match program::load(OBJECT, ebpf, &Program::ALL.map(Program::name)) {
+        Ok(loaded) => loaded,
+        Err(error) => {
+            log::debug!("no links to many places: {}", chain(&error));
+            return HashMap::new();
+        }
+    };
+    if !loaded.first().is_some_and(|program| multi_is_by_process(program.as_fd())) {
+        log::debug!("no links to many places: the kernel limits them to threads");
+        return HashMap::new();
+    }
+    Program::ALL.into_iter().zip(loaded).collect()
 }
 
 fn take_map(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, KernelError> {

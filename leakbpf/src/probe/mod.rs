@@ -6,6 +6,7 @@ pub mod functions;
 pub mod kernel;
 pub mod kernel_types;
 pub mod planner;
+pub mod program;
 pub mod records;
 pub mod tables;
 pub mod unwind_maps;

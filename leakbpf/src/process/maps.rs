@@ -122,6 +122,13 @@ impl Maps {
         Ok(Self { mappings })
     }
 
+    /// Whether a thread of the process has come by a return probe since it began its life.
+    pub fn has_return_probe_page(&self) -> bool {
+        self.iter().any(
+            |mapping| matches!(&mapping.backing, Backing::Special(name) if name == "[uprobes]"),
+        )
+    }
+
     pub fn iter(&self) -> impl Iterator<Item = &Mapping> {
         self.mappings.iter()
     }

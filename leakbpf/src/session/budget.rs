@@ -27,6 +27,12 @@ const LONGEST_NS: f64 = 5e9;
 /// A window is at least so many times as long as it takes to place the probes and to take them away.
 const WINDOW_TO_PLACING: f64 = 10.0;
 
+/// Processors that the processes count as using, at the least.
+const LEAST_USE: f64 = 0.1;
+
+/// Time after which e times less is made of what a window has cost.
+const FORGETTING_NS: f64 = 30e9;
+
 /// Least credit that opens a window.
 const LEAST_CREDIT_NS: f64 = 1e6;
 
@@ -61,7 +67,8 @@ pub struct Budget {
     opened: Reading,
     /// Own processor time of the processes per time, lately.
     own_rate: f64,
-    /// What probes cost per time while they are in place, in the last window.
+    /// What probes cost per time while they are in place, in the last window; less and less is made
+    /// of that while they are not, since loads change.
     spending_rate: f64,
     /// How long it takes to place the probes and to take them away.
     placing_ns: f64,
@@ -136,12 +143,15 @@ impl Budget {
         let spent = now.spent_ns.saturating_sub(self.last.spent_ns) as f64;
         let target = now.target_cpu_ns.saturating_sub(self.last.target_cpu_ns) as f64;
         // What the probes cost is estimated, the processes' time is not.
-        let own = (target - spent).max(0.0);
+        let own = (target - spent).max(LEAST_USE * time);
         self.credit_ns += self.share * own - spent;
         if time > 0.0 {
             let period = CONTROL_PERIOD.as_nanos() as f64;
             let weight = 1.0 - (-time / period).exp();
             self.own_rate += weight * (own / time - self.own_rate);
+            if !self.open {
+                self.spending_rate *= (-time / FORGETTING_NS).exp();
+            }
         }
         self.last = now;
         self.credit_ns = self.credit_ns.min(self.most_ns());

@@ -73,6 +73,17 @@ fn nothing_costs_an_idle_process_anything() {
 }
 
 #[test]
+fn a_process_that_hardly_works_may_cost_a_thousandth_of_a_processor() {
+    let mut simulation = Simulation::new(0.01);
+    simulation.run(Load { ms: 60_000, processors: 0.002, price: 0.8 });
+    assert_eq!(simulation.steps, []);
+    let mut simulation = Simulation::new(0.01);
+    simulation.run(Load { ms: 60_000, processors: 0.02, price: 0.8 });
+    let share = simulation.now.spent_ns as f64 / simulation.now.at_ns as f64;
+    assert!(simulation.steps.len() > 1 && share < 0.00105, "{share}");
+}
+
+#[test]
 fn a_server_whose_probes_cost_five_times_its_time_is_seen_through_windows() {
     let mut simulation = Simulation::new(0.01);
     simulation.run(Load { ms: 60_000, processors: 1.0, price: 5.0 });
@@ -125,6 +136,7 @@ fn the_share_holds_whatever_the_load_does() {
             let spent = (simulation.now.spent_ns - before.spent_ns) as f64;
             let own = (simulation.now.target_cpu_ns - before.target_cpu_ns) as f64 - spent;
             let saved = share * 16.0 * CONTROL_PERIOD.as_nanos() as f64;
+            let own = own.max(LEAST_USE * 60e9);
             assert!(spent <= (share + 0.005) * own + saved, "{spent} of {own}");
         }
     }

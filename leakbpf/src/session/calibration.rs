@@ -6,7 +6,10 @@ use std::{
 };
 
 use crate::{
-    probe::kernel::{Kernel, KernelError, Program},
+    probe::{
+        attach::Site,
+        kernel::{Kernel, Program},
+    },
     process::{Pid, mapped_file::MappedFile, maps::Maps},
 };
 
@@ -32,19 +35,23 @@ unsafe extern "C" {
 }
 
 /// Mean time that a probe at a function's entry or end takes, with an empty program.
-pub fn trap(kernel: &mut Kernel) -> Result<Option<Duration>, KernelError> {
+pub fn trap(kernel: &mut Kernel) -> Option<Duration> {
     let own = Pid::current();
     let address = leakbpf_calibration_function as *const () as u64;
-    let Ok(maps) = Maps::of(own) else { return Ok(None) };
-    let Some(mapping) = maps.find(address) else { return Ok(None) };
-    let Ok(file) = MappedFile::open(own, mapping) else { return Ok(None) };
+    let maps = Maps::of(own).ok()?;
+    let mapping = maps.find(address)?;
+    let file = MappedFile::open(own, mapping).ok()?;
     let offset = address - mapping.start_avma + mapping.file_offset;
     let path = file.probe_path();
     let pid = NonZeroU32::new(own.0);
     let untraced = time_a_call();
-    let _leave = kernel.place(Program::EmptyLeave, &path, offset, 0, pid)?;
-    let _enter = kernel.place(Program::EmptyEnter, &path, offset, 0, pid)?;
-    Ok(Some(time_a_call().saturating_sub(untraced) / 2))
+    let site = [Site { file_offset: offset, cookie: 0 }];
+    let probes =
+        [Program::EmptyLeave, Program::EmptyEnter].map(|it| kernel.place(it, &path, &site, pid));
+    if probes.iter().any(|placing| placing.links.is_empty()) {
+        return None;
+    }
+    Some(time_a_call().saturating_sub(untraced) / 2)
 }
 
 /// The median of a few rounds: a machine under load interrupts some.

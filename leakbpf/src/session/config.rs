@@ -3,6 +3,7 @@
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use crate::{
+    probe::kernel::Links,
     process::select::Selector,
     profile::{BlockFilter, Mode, SiteKind},
     report::{Format, Sort},
@@ -108,6 +109,8 @@ pub struct Config {
     /// pages that the agent keeps.
     pub max_blocks: u32,
     pub stack: StackMethod,
+    /// What holds the probes, if not what suits the session best.
+    pub links: Option<Links>,
     /// Kernel memory for all unwind tables together. 400 libraries of a desktop take some 40 MB.
     pub max_table_bytes: u64,
     /// Keep names for later sessions, and use those that earlier ones kept.

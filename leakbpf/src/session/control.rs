@@ -26,6 +26,9 @@ use crate::{
 /// A window of the mode that has nothing else ends after so long.
 const LONGEST_WINDOW: Duration = Duration::from_secs(2);
 
+/// Shorter windows are not told of: too much survives them.
+const SHORTEST_TOLD: u64 = 40_000_000;
+
 /// From then on a window is worth a word.
 const LONG_WINDOW: Duration = Duration::from_secs(10);
 
@@ -187,7 +190,10 @@ impl Control {
             })
             .map_err(failed("BLOCKS"))?;
         let seen = seen.by_site;
-        self.windows.add(window, seen);
+        // What begins with less than a moment's credit says more of the moment than of survival.
+        if window.closed_ns.saturating_sub(window.opened_ns) >= SHORTEST_TOLD {
+            self.windows.add(window, seen);
+        }
         Ok(())
     }
 

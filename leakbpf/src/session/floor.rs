@@ -8,30 +8,31 @@ use super::{SessionError, placement::Plans, planner_kernel};
 use crate::{
     preflight,
     probe::{
-        attach::Link,
-        kernel::{Kernel, KernelError, Program, Settings},
+        attach::{Link, Site},
+        kernel::{Kernel, Links, Program, Settings},
     },
     process::{Pid, host, mapped_file::MappedFile, maps::Maps},
 };
 
 /// The probes; gone when dropped.
 pub struct Floor {
-    links: Vec<Link>,
+    _links: Vec<Link>,
+    probes: usize,
     _kernel: Kernel,
 }
 
 impl Floor {
     pub fn len(&self) -> usize {
-        self.links.len()
+        self.probes
     }
 
     pub fn is_empty(&self) -> bool {
-        self.links.is_empty()
+        self.probes == 0
     }
 }
 
 /// Places them where a session would, or (`naive`) at the functions' first instructions.
-pub fn place(pid: u32, naive: bool) -> Result<Floor, SessionError> {
+pub fn place(pid: u32, naive: bool, kind: Links) -> Result<Floor, SessionError> {
     let host = host::observe();
     preflight::Report { checks: preflight::host::judge(&host) }.refuse_failures()?;
     let mut kernel = Kernel::load(&Settings {
@@ -46,9 +47,10 @@ pub fn place(pid: u32, naive: bool) -> Result<Floor, SessionError> {
         probes: true,
         pages: None,
         sample_interval_bytes: 0,
+        links: kind,
     })?;
     let maps = Maps::of(Pid(pid))?;
-    let mut links = Vec::new();
+    let (mut links, mut probes) = (Vec::new(), 0);
     for file in Plans::new(planner_kernel(&host)).of(Pid(pid), &maps) {
         let Ok(plan) = file.plan else { continue };
         let mapping = maps
@@ -59,6 +61,8 @@ pub fn place(pid: u32, naive: bool) -> Result<Floor, SessionError> {
             continue;
         };
         let path = opened.probe_path();
+        let (mut leaves, mut enters) = (Vec::new(), Vec::new());
+        let site = |file_offset| Site { file_offset, cookie: 0 };
         for probe in &plan.probes {
             let enter = if naive { probe.entry_file_offset } else { probe.enter_file_offset };
             let leave = match probe.role {
@@ -66,19 +70,21 @@ pub fn place(pid: u32, naive: bool) -> Result<Floor, SessionError> {
                 _ if naive => Some(probe.entry_file_offset),
                 _ => probe.leave_file_offset,
             };
-            let pid = NonZeroU32::new(pid);
-            let mut add = |program, offset| -> Result<(), KernelError> {
-                links.push(kernel.place(program, &path, offset, 0, pid)?);
-                Ok(())
-            };
-            if let Some(leave) = leave {
-                add(Program::EmptyLeave, leave)?;
+            leaves.extend(leave.map(site));
+            enters.extend(probe.exit_file_offsets.iter().filter(|_| !naive).copied().map(site));
+            enters.push(site(enter));
+        }
+        for (program, sites) in [(Program::EmptyLeave, leaves), (Program::EmptyEnter, enters)] {
+            if sites.is_empty() {
+                continue;
             }
-            for &exit in probe.exit_file_offsets.iter().filter(|_| !naive) {
-                add(Program::EmptyEnter, exit)?;
+            let placing = kernel.place(program, &path, &sites, NonZeroU32::new(pid));
+            if let Some((_, error)) = placing.refused.into_iter().next() {
+                return Err(error.into());
             }
-            add(Program::EmptyEnter, enter)?;
+            links.extend(placing.links);
+            probes += sites.len();
         }
     }
-    Ok(Floor { links, _kernel: kernel })
+    Ok(Floor { _links: links, probes, _kernel: kernel })
 }

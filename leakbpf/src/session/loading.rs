@@ -10,7 +10,7 @@ use super::{
 use crate::{
     preflight::{host::HostFacts, kernel_version::KernelVersion, tracepoint::TracepointFormat},
     probe::{
-        kernel::{Kernel, PageChoice, ReturnInstances, Settings},
+        kernel::{Kernel, Links, PageChoice, ReturnInstances, Settings},
         planner,
     },
     process::{host, select::Selector, tracefs},
@@ -59,7 +59,19 @@ fn settings(config: &Config) -> Result<Settings, SessionError> {
             Method::Sample { interval_bytes } => interval_bytes,
             _ => 0,
         },
+        links: config.links.unwrap_or_else(|| suitable_links(config)),
     })
+}
+
+/// Links to many places come and go at once and cost less at a hit. But when they are for one
+/// process, the kernel does not run their programs in a child of `vfork` (it shares the memory, but
+/// not the thread group: `uprobe_prog_run` in kernel/trace/bpf_trace.c), and children that are not
+/// followed keep the breakpoints. So whoever counts every block of a session does without. Windows
+/// could not be short without.
+fn suitable_links(config: &Config) -> Links {
+    let sampled = matches!(config.method, Method::Sample { .. }) && config.follow_forks;
+    let windows = config.method.limit().is_some();
+    if config.shared_probes || sampled || windows { Links::Many } else { Links::Single }
 }
 
 /// Where a field lies in a tracepoint's record, in bytes.

@@ -161,7 +161,7 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
     }
     let mut meter = Meter::new(config.method);
     if config.method.probes()
-        && let Some(trap) = calibration::trap(&mut kernel)?
+        && let Some(trap) = calibration::trap(&mut kernel)
     {
         meter.calibrate(trap);
     }
@@ -175,6 +175,7 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
         endless,
         mappings,
         probes: config.method.probes(),
+        short: config.method.limit().is_some(),
         max_pages: config.method.page_interval().map(|_| config.max_blocks as usize),
     };
     let mut watch = Watch::new(kernel, plans, scope, config.max_table_bytes, exits);
@@ -695,7 +696,7 @@ impl Session<'_> {
         self.watch.modules.save();
         printed?;
         let left = self.watch.detaching();
-        // Some 70 ms each (see `Watch::detach`): silence for seconds looks like a hang.
+        // Up to 70 ms each (see `Watch::detach`): silence for seconds looks like a hang.
         if left > 15 && terminal::Progress::new().shown() {
             eprintln!("leakbpf: taking {left} probes away …");
         }

@@ -18,9 +18,9 @@ use crate::{
         image::{Image, Source},
     },
     probe::{
-        attach::Link,
+        attach::{Link, Site},
         discover::{FilePlan, discover},
-        kernel::{Kernel, KernelError, Program},
+        kernel::{Kernel, Program},
         planner,
     },
     process::{
@@ -158,9 +158,25 @@ struct Placement {
     program: Program,
     path: PathBuf,
     file: FileId,
-    offset: u64,
-    cookie: u64,
+    site: Site,
     function: String,
+    /// It gets a link of its own.
+    alone: bool,
+}
+
+/// Probes that one link can hold: of one program, in one file.
+fn groups(placements: impl Iterator<Item = Placement>) -> Vec<Vec<Placement>> {
+    let mut groups: Vec<Vec<Placement>> = Vec::new();
+    for new in placements {
+        let same = |known: &Placement| {
+            (known.program, known.file, known.alone) == (new.program, new.file, new.alone)
+        };
+        match groups.iter_mut().find(|group| group.first().is_some_and(same)) {
+            Some(group) => group.push(new),
+            None => groups.push(vec![new]),
+        }
+    }
+    groups
 }
 
 /// The probes of one process, or, system-wide, of all.
@@ -169,7 +185,10 @@ pub struct Placed {
     links: Vec<Link>,
     files: HashSet<FileId>,
     sites: BTreeSet<(FileId, u64)>,
+    probes: usize,
     pub functions: usize,
+    /// All of a program and file share a link, whatever that hides of children.
+    pub together: bool,
     /// The thread that the kernel looks for the process's memory through; none for all processes.
     pub carrier: Option<NonZeroU32>,
     /// Names of functions whose probe could not be placed, with the reason.
@@ -178,19 +197,33 @@ pub struct Placed {
 
 impl Placed {
     pub fn len(&self) -> usize {
-        self.links.len()
+        self.probes
     }
 
     pub fn is_empty(&self) -> bool {
-        self.links.is_empty()
+        self.probes == 0
     }
 
     pub fn into_links(self) -> Vec<Link> {
         self.links
     }
 
+    /// Whether a child of the process, which has these `maps`, has not come by any of the
+    /// breakpoints that it inherited. There are two signs of it:
+    /// - Where all probes of an instruction have a link of their own, the kernel takes a
+    ///   breakpoint away when it is first hit in a process that nobody asked to trace
+    ///   (`handler_chain`, `unapply_uprobe` in kernel/events/uprobes.c). It keeps those of links
+    ///   to many places.
+    /// - For the first return probe that a process hits, it maps a page of its own, which forks do
+    ///   not copy (`get_xol_area`). Releases have none; those unseen were of the parent's blocks,
+    ///   or of such that were allocated unseen.
+    pub fn untouched(&self, child: Pid, maps: &Maps) -> bool {
+        self.all_in_place(child, maps)
+            && Maps::of(child).is_ok_and(|now| !now.has_return_probe_page())
+    }
+
     /// Whether every site in `pid`'s memory holds a breakpoint.
-    pub fn all_in_place(&self, pid: Pid, maps: &Maps) -> bool {
+    fn all_in_place(&self, pid: Pid, maps: &Maps) -> bool {
         let Ok(memory) = Memory::open(pid) else { return false };
         self.sites.iter().all(|(file, offset)| {
             let address = maps.iter().find_map(|mapping| {
@@ -216,7 +249,7 @@ impl Placed {
         scope: Option<NonZeroU32>,
         maps: &Maps,
         looked_at: &[LookedAt],
-    ) -> Result<usize, KernelError> {
+    ) -> usize {
         let mut leaves = Vec::new();
         let mut exits = HashSet::new();
         let mut frees = Vec::new();
@@ -252,20 +285,20 @@ impl Placed {
                     program: Program::LibrariesChanged,
                     path: path.clone(),
                     file: file.id,
-                    offset,
-                    cookie: 0,
+                    site: Site { file_offset: offset, cookie: 0 },
                     function: "_dl_debug_state".to_owned(),
+                    alone: false,
                 });
             }
             for probe in &plan.probes {
                 self.functions += 1;
-                let site = |program, offset| Placement {
+                let site = |program, file_offset| Placement {
                     program,
                     path: path.clone(),
                     file: file.id,
-                    offset,
-                    cookie: probe.enter_cookie.pack(),
+                    site: Site { file_offset, cookie: probe.enter_cookie.pack() },
                     function: probe.function.clone(),
+                    alone: false,
                 };
                 if let Some(offset) = probe.leave_file_offset {
                     leaves.push(site(Program::AllocLeave, offset));
@@ -279,20 +312,47 @@ impl Placed {
                 if probe.role == Role::Free {
                     frees.push(site(Program::FreeEnter, probe.enter_file_offset));
                 } else {
-                    enters.push(site(Program::AllocEnter, probe.enter_file_offset));
+                    let enter = site(Program::AllocEnter, probe.enter_file_offset);
+                    // Without a return probe, only this one tells that a child was here before it
+                    // had probes of its own: see `Placed::untouched`.
+                    let alone =
+                        scope.is_some() && probe.leave_file_offset.is_none() && !self.together;
+                    enters.push(Placement { alone, ..enter });
                 }
             }
         }
-        for place in leaves.into_iter().chain(frees).chain(enters) {
-            match kernel.place(place.program, &place.path, place.offset, place.cookie, scope) {
-                Ok(link) => {
-                    self.links.push(link);
-                    self.sites.insert((place.file, place.offset));
-                }
-                Err(error) => self.failed.push((place.function, error.to_string())),
-            }
+        for group in groups(leaves.into_iter().chain(frees).chain(enters)) {
+            self.place_group(kernel, group, scope);
         }
         drop(files);
-        Ok(self.functions - before)
+        self.functions - before
+    }
+
+    fn place_group(
+        &mut self,
+        kernel: &mut Kernel,
+        group: Vec<Placement>,
+        scope: Option<NonZeroU32>,
+    ) {
+        let Some(Placement { program, path, alone, .. }) = group.first() else { return };
+        let sites: Vec<Site> = group.iter().map(|placement| placement.site).collect();
+        let placing = match alone {
+            true => kernel.place_single(*program, path, &sites, scope),
+            false => kernel.place(*program, path, &sites, scope),
+        };
+        self.links.extend(placing.links);
+        let mut refused = placing.refused;
+        for placement in group {
+            match refused.iter().position(|(site, _)| *site == placement.site) {
+                Some(index) => {
+                    let (_, error) = refused.swap_remove(index);
+                    self.failed.push((placement.function, error.to_string()));
+                }
+                None => {
+                    self.probes += 1;
+                    self.sites.insert((placement.file, placement.site.file_offset));
+                }
+            }
+        }
     }
 }

@@ -41,8 +41,8 @@ const MAX_EVENTS: usize = 4096;
 /// Children that are listed one by one when they were seen late; the rest are only counted.
 const LATE_CHILDREN_LISTED: u64 = 10;
 
-/// Probes that may be waiting to be taken away before children that come get none. The kernel
-/// takes some 70 ms for each, one after the other, and placing one waits for the same lock.
+/// Links that may be waiting to be closed before children that come get none. The kernel takes some
+/// 70 ms for each of a perf event, one after the other, and making one waits for the same lock.
 const MAX_DETACHING: usize = 32;
 
 /// When the thread that a process's probes hang on has ended, its others have so long to
@@ -68,6 +68,8 @@ pub struct Scope {
     pub mappings: bool,
     /// Allocator functions are probed.
     pub probes: bool,
+    /// The probes come and go, and going must not take long.
+    pub short: bool,
     /// How many pages are kept, where pages are looked at.
     pub max_pages: Option<usize>,
 }
@@ -269,13 +271,14 @@ impl Watch {
             false => (pid.0, NonZeroU32::new(memory_owner(pid).0)),
         };
         let placed = self.placed.entry(key).or_default();
+        placed.together = self.scope.short;
         if let Some(carrier) = scope.filter(|_| placed.carrier.is_none()) {
             placed.carrier = scope;
             // Without it, its end goes unnoticed.
             let _ = self.kernel.carriers.set(&carrier.get(), pid.0);
         }
         let probes_before = placed.len();
-        let functions = placed.place(&mut self.kernel, pid, scope, maps, &looked_at)?;
+        let functions = placed.place(&mut self.kernel, pid, scope, maps, &looked_at);
         let probes = placed.len() - probes_before;
         let failed = std::mem::take(&mut placed.failed);
         // Whatever fails on a process that is gone (or a zombie, which has no memory) says nothing.
@@ -377,7 +380,8 @@ impl Watch {
         if self.scope.shared_probes || !self.probing {
             return;
         }
-        let untouched = self.probes_untouched(fork.head.owner.tgid(), pid, &maps);
+        let inherited = self.placed.get(&fork.head.owner.tgid());
+        let untouched = inherited.is_some_and(|placed| placed.untouched(pid, &maps));
         if self.detacher.pending() > MAX_DETACHING {
             self.seen_late(pid, "got no probes: too many children come and go");
             return;
@@ -398,14 +402,6 @@ impl Watch {
             }
             std::cmp::Ordering::Greater => {}
         }
-    }
-
-    /// Whether a forked child still has every breakpoint that it inherited. The kernel takes one
-    /// away when it is first hit in a process that nobody asked to trace (`handler_chain`,
-    /// `unapply_uprobe` in kernel/events/uprobes.c): all there means that none was hit.
-    fn probes_untouched(&self, parent: u32, child: Pid, maps: &Maps) -> bool {
-        let Some(placed) = self.placed.get(&parent) else { return false };
-        placed.all_in_place(child, maps)
     }
 
     fn executed(&mut self, exec: &ExecRecord) {
@@ -574,8 +570,9 @@ impl Watch {
         !self.scope.endless && self.lives.iter().all(Life::ended)
     }
 
-    /// Takes every probe away, in the background: the kernel waits for a grace period with each
-    /// (`perf_uprobe_destroy` in kernel/trace/trace_event_perf.c, some 70 ms), one after the other.
+    /// Takes every probe away, in the background: the kernel waits for a grace period with each link
+    /// (some 70 ms), and for those of perf events one after the other (`perf_uprobe_destroy` in
+    /// kernel/trace/trace_event_perf.c).
     pub fn detach(&mut self) {
         let links: Vec<_> =
             std::mem::take(&mut self.placed).into_values().flat_map(Placed::into_links).collect();
@@ -618,7 +615,7 @@ impl Watch {
         self.detach();
     }
 
-    /// Probes that are still being taken away.
+    /// Links that are still being closed.
     pub fn detaching(&self) -> usize {
         self.detacher.pending()
     }
