@@ -13,6 +13,14 @@ pub fn of(pid: Pid) -> Option<Duration> {
     if unsafe { libc::clock_getcpuclockid(pid, &raw mut clock) } != 0 {
         return None;
     }
+    read(clock)
+}
+
+pub fn of_this_thread() -> Duration {
+    read(libc::CLOCK_THREAD_CPUTIME_ID).unwrap_or_default()
+}
+
+fn read(clock: libc::clockid_t) -> Option<Duration> {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the pointer is to a live timespec.
     if unsafe { libc::clock_gettime(clock, &raw mut time) } != 0 {

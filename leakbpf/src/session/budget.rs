@@ -21,11 +21,15 @@ const FIRST_CREDIT_NS: f64 = 5e6;
 const CYCLE_NS: f64 = 4e9;
 
 /// Shortest window that is planned, and longest.
-const SHORTEST_NS: f64 = 50e6;
+const SHORTEST_NS: f64 = 80e6;
 const LONGEST_NS: f64 = 5e9;
 
-/// A window is at least so many times as long as it takes to place the probes and to take them away.
+/// A window is at least so many times as long as placing the probes takes of the agent's time.
 const WINDOW_TO_PLACING: f64 = 10.0;
+
+/// When a window costs more than was expected, so much of what was expected may be spent on credit
+/// for it to reach its length.
+const OVERDRAFT: f64 = 0.5;
 
 /// Processors that the processes count as using, at the least.
 const LEAST_USE: f64 = 0.1;
@@ -70,8 +74,11 @@ pub struct Budget {
     /// What probes cost per time while they are in place, in the last window; less and less is made
     /// of that while they are not, since loads change.
     spending_rate: f64,
-    /// How long it takes to place the probes and to take them away.
+    /// What placing the probes takes of the agent's time.
     placing_ns: f64,
+    /// How long the window that is open was meant to be, and how far below zero credit may go for it.
+    planned_ns: f64,
+    overdraft_ns: f64,
 }
 
 impl Budget {
@@ -87,6 +94,8 @@ impl Budget {
             own_rate: 0.0,
             spending_rate: 0.0,
             placing_ns: 0.0,
+            planned_ns: 0.0,
+            overdraft_ns: 0.0,
         }
     }
 
@@ -94,14 +103,11 @@ impl Budget {
         self.open
     }
 
-    /// Placing the probes, or taking them away, took so long.
-    pub fn placing_took(&mut self, time: Duration) {
-        self.placing_ns = 2.0 * time.as_nanos() as f64;
-    }
-
-    /// The probes are in place since `now`.
-    pub fn opened(&mut self, now: Reading) {
+    /// The probes are in place since `now`; placing them took so much of the agent's processor time.
+    pub fn opened(&mut self, now: Reading, placing: Duration) {
         self.take_in(now);
+        (self.planned_ns, self.overdraft_ns) = (self.window_ns(), OVERDRAFT * self.enough_ns());
+        self.placing_ns = placing.as_nanos() as f64;
         self.open = true;
         self.opened = now;
     }
@@ -123,7 +129,9 @@ impl Budget {
         if self.open {
             let open_for = Duration::from_nanos(now.at_ns.saturating_sub(self.opened.at_ns));
             let over = self.longest_window.is_some_and(|longest| open_for >= longest);
-            return if self.credit_ns < 0.0 || over { Step::Close } else { Step::Stay };
+            let short = (open_for.as_nanos() as f64) < self.planned_ns;
+            let least = if short { -self.overdraft_ns } else { 0.0 };
+            return if self.credit_ns < least || over { Step::Close } else { Step::Stay };
         }
         if self.credit_ns >= self.enough_ns() { Step::Open } else { Step::Stay }
     }
@@ -159,21 +167,29 @@ impl Budget {
 
     /// Most credit that is kept.
     fn most_ns(&self) -> f64 {
-        let earned = self.share * self.own_rate * CONTROL_PERIOD.as_nanos() as f64;
+        let earned = self.earning_rate() * CONTROL_PERIOD.as_nanos() as f64;
         earned.max(self.enough_ns()).max(FIRST_CREDIT_NS)
     }
 
     /// The credit that a window needs which is worth placing the probes.
     fn enough_ns(&self) -> f64 {
-        let earning_rate = self.share * self.own_rate;
+        let rate = (self.spending_rate - self.earning_rate()).max(0.0);
+        (rate * self.window_ns()).max(LEAST_CREDIT_NS)
+    }
+
+    /// How long a window is to be.
+    fn window_ns(&self) -> f64 {
         let open_share = if self.spending_rate > 0.0 {
-            (earning_rate / self.spending_rate).min(1.0)
+            (self.earning_rate() / self.spending_rate).min(1.0)
         } else {
             1.0
         };
         let shortest = SHORTEST_NS.max(WINDOW_TO_PLACING * self.placing_ns);
-        let window = (open_share * CYCLE_NS).clamp(shortest, LONGEST_NS.max(shortest));
-        ((self.spending_rate - earning_rate).max(0.0) * window).max(LEAST_CREDIT_NS)
+        (open_share * CYCLE_NS).clamp(shortest, LONGEST_NS.max(shortest))
+    }
+
+    fn earning_rate(&self) -> f64 {
+        self.share * self.own_rate
     }
 }
 

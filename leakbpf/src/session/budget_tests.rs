@@ -9,6 +9,7 @@ struct Simulation {
     /// When the steps came.
     steps: Vec<(u64, Step)>,
     open_ns: u64,
+    placing: Duration,
 }
 
 /// How processes behave for a time.
@@ -24,7 +25,8 @@ struct Load {
 impl Simulation {
     fn new(share: f64) -> Self {
         let now = Reading::default();
-        Self { budget: Budget::new(share, None, now), now, steps: Vec::new(), open_ns: 0 }
+        let budget = Budget::new(share, None, now);
+        Self { budget, now, steps: Vec::new(), open_ns: 0, placing: Duration::ZERO }
     }
 
     fn run(&mut self, load: Load) {
@@ -44,7 +46,7 @@ impl Simulation {
             let step = self.budget.decide(self.now);
             match step {
                 Step::Stay => continue,
-                Step::Open => self.budget.opened(self.now),
+                Step::Open => self.budget.opened(self.now, self.placing),
                 Step::Close => self.budget.closed(self.now),
             }
             self.steps.push((self.now.at_ns, step));
@@ -80,7 +82,7 @@ fn a_process_that_hardly_works_may_cost_a_thousandth_of_a_processor() {
     let mut simulation = Simulation::new(0.01);
     simulation.run(Load { ms: 60_000, processors: 0.02, price: 0.8 });
     let share = simulation.now.spent_ns as f64 / simulation.now.at_ns as f64;
-    assert!(simulation.steps.len() > 1 && share < 0.00105, "{share}");
+    assert!(simulation.steps.len() > 1 && share < 0.0011, "{share}");
 }
 
 #[test]
@@ -91,7 +93,7 @@ fn a_server_whose_probes_cost_five_times_its_time_is_seen_through_windows() {
     assert!(simulation.share() >= 0.006, "credit is used: {}", simulation.share());
     let windows = simulation.steps.iter().filter(|(_, step)| *step == Step::Close).count();
     assert!((6..60).contains(&windows), "{windows} windows");
-    assert!(simulation.open_ns / windows as u64 >= 40 * MS, "long enough to see something");
+    assert!(simulation.open_ns / windows as u64 >= 60 * MS, "long enough to see something");
 }
 
 #[test]
@@ -166,10 +168,10 @@ fn a_window_has_an_end_where_one_is_asked_for() {
 fn slow_placing_makes_for_longer_windows() {
     let run = |placing_ms| {
         let mut simulation = Simulation::new(0.01);
-        simulation.budget.placing_took(Duration::from_millis(placing_ms));
+        simulation.placing = Duration::from_millis(placing_ms);
         simulation.run(Load { ms: 300_000, processors: 1.0, price: 1.0 });
         let windows = simulation.steps.iter().filter(|(_, step)| *step == Step::Close).count();
         simulation.open_ns / windows as u64
     };
-    assert!(run(50) > 5 * run(1), "{} {}", run(50), run(1));
+    assert!(run(50) > 3 * run(1), "{} {}", run(50), run(1));
 }

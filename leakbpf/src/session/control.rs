@@ -19,6 +19,7 @@ use super::{
 use crate::{
     ledger::windows::{Seen, Window, Windows},
     probe::kernel::KernelError,
+    process::cpu_time,
     profile::{self, Counters, Mode, SiteId, SiteKind},
     report,
 };
@@ -58,8 +59,8 @@ impl Control {
         }
     }
 
-    /// The probes are in place, and count. Placing them took so long.
-    pub fn begin(&mut self, watch: &mut Watch, placing: Duration) -> Result<(), SessionError> {
+    /// The probes are in place, and count.
+    pub fn begin(&mut self, watch: &mut Watch) -> Result<(), SessionError> {
         self.opened_ns = watch.began_ns;
         let Some(limit) = self.method.limit() else { return Ok(()) };
         let longest = match self.method {
@@ -67,8 +68,7 @@ impl Control {
             _ => None,
         };
         let now = self.meter.read(watch)?;
-        let mut budget = Budget::new(f64::from(limit.ppm) / 1e6, longest, now);
-        budget.placing_took(placing);
+        let budget = Budget::new(f64::from(limit.ppm) / 1e6, longest, now);
         self.due = Instant::now() + budget.look_again_after(now);
         self.budget = Some(budget);
         Ok(())
@@ -116,13 +116,13 @@ impl Control {
         // What calls were in flight when the last window closed says nothing now.
         watch.kernel.threads.take(|_, _| true).map_err(failed("THREADS"))?;
         watch.kernel.count_calls(true)?;
-        let began = Instant::now();
+        let before = cpu_time::of_this_thread();
         watch.place_all();
-        budget.placing_took(began.elapsed());
+        let placing = cpu_time::of_this_thread().saturating_sub(before);
         self.opened_ns = monotonic_ns();
         self.told_of_long_window = false;
         let now = self.meter.read(watch)?;
-        budget.opened(now);
+        budget.opened(now, placing);
         self.due = Instant::now() + budget.look_again_after(now);
         Ok(())
     }

@@ -213,7 +213,6 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
     let inbox =
         Inbox::start(records, Arc::clone(&watch.unwinding)).map_err(SessionError::Events)?;
     let mut control = Control::new(config.method, meter);
-    let placing = Instant::now();
     let mut program = None;
     match &config.target {
         Target::Running(_) => {
@@ -268,7 +267,7 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
         }
     }
 
-    control.begin(&mut watch, placing.elapsed())?;
+    control.begin(&mut watch)?;
     let began_ns = watch.began_ns;
     let mut session = Session {
         config,
