@@ -122,7 +122,7 @@ impl Cost {
     /// pattern of calls is in step with it.
     pub const TIMED_EVERY: u64 = 32;
     /// A program that took longer was interrupted.
-    pub const MOST_TIMED_NS: u64 = 1 << 20;
+    pub const MOST_TIMED_NS: u64 = 1 << 16;
 }
 
 /// What a probed function does with memory.

@@ -27,15 +27,18 @@ const LONGEST_NS: f64 = 5e9;
 /// A window is at least so many times as long as placing the probes takes of the agent's time.
 const WINDOW_TO_PLACING: f64 = 10.0;
 
+/// So much of the share is spent; the rest is for windows that cost more than was expected.
+const EARNED: f64 = 0.9;
+
 /// When a window costs more than was expected, so much of what was expected may be spent on credit
 /// for it to reach its length.
-const OVERDRAFT: f64 = 0.5;
+const OVERDRAFT: f64 = 0.25;
 
 /// Processors that the processes count as using, at the least.
 const LEAST_USE: f64 = 0.1;
 
 /// Time after which e times less is made of what a window has cost.
-const FORGETTING_NS: f64 = 30e9;
+const FORGETTING_NS: f64 = 120e9;
 
 /// Least credit that opens a window.
 const LEAST_CREDIT_NS: f64 = 1e6;
@@ -152,7 +155,7 @@ impl Budget {
         let target = now.target_cpu_ns.saturating_sub(self.last.target_cpu_ns) as f64;
         // What the probes cost is estimated, the processes' time is not.
         let own = (target - spent).max(LEAST_USE * time);
-        self.credit_ns += self.share * own - spent;
+        self.credit_ns += EARNED * self.share * own - spent;
         if time > 0.0 {
             let period = CONTROL_PERIOD.as_nanos() as f64;
             let weight = 1.0 - (-time / period).exp();
@@ -189,7 +192,7 @@ impl Budget {
     }
 
     fn earning_rate(&self) -> f64 {
-        self.share * self.own_rate
+        EARNED * self.share * self.own_rate
     }
 }
 

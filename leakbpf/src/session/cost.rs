@@ -16,6 +16,10 @@ use crate::{process::cpu_time, profile};
 const FAULT_IN_TRAPS: f64 = 0.4;
 const CHOSEN_FAULT_IN_TRAPS: f64 = 1.0;
 
+/// What a hit costs beyond its trap and its program, as a share of those: what they push out of the
+/// caches. Measured on a program whose blocks are few: docs/overhead.md.
+const BEYOND: f64 = 0.2;
+
 pub struct Meter {
     /// What a probe costs without what its program does.
     trap: Duration,
@@ -44,7 +48,7 @@ impl Meter {
         let trap = self.trap.as_nanos() as f64;
         let cost = watch.kernel.cost()?;
         let program = if cost.timed == 0 { 0.0 } else { cost.timed_ns as f64 / cost.timed as f64 };
-        let mut spent = cost.hits as f64 * (trap + program);
+        let mut spent = cost.hits as f64 * (trap + program) * (1.0 + BEYOND);
         if let Some(one_in) = self.page_interval {
             let chosen = watch.kernel.counts()?.pages_touched as f64;
             let faults = chosen * f64::from(one_in);
