@@ -356,3 +356,35 @@ impl Placed {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::maps::Device;
+
+    #[test]
+    fn one_link_holds_what_is_of_one_program_and_file_in_the_order_of_the_programs() {
+        let placement = |program, inode, file_offset, alone| Placement {
+            program,
+            path: PathBuf::new(),
+            file: FileId { device: Device { major: 0, minor: 0 }, inode },
+            site: Site { file_offset, cookie: 0 },
+            function: String::new(),
+            alone,
+        };
+        let all = [
+            placement(Program::AllocLeave, 1, 10, false),
+            placement(Program::AllocLeave, 2, 20, false),
+            placement(Program::AllocLeave, 1, 30, false),
+            placement(Program::FreeEnter, 1, 40, false),
+            placement(Program::AllocEnter, 1, 50, true),
+            placement(Program::AllocEnter, 1, 60, false),
+            placement(Program::AllocEnter, 1, 70, true),
+        ];
+        let offsets: Vec<Vec<u64>> = groups(all.into_iter())
+            .iter()
+            .map(|group| group.iter().map(|placement| placement.site.file_offset).collect())
+            .collect();
+        assert_eq!(offsets, [vec![10, 30], vec![20], vec![40], vec![50, 70], vec![60]]);
+    }
+}
