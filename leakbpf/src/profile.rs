@@ -78,9 +78,18 @@ impl Mode {
 
     /// Whether a profile of this mode has sites of a kind.
     pub const fn shows(self, kind: SiteKind) -> bool {
+        let beside = match kind {
+            SiteKind::Survivor => true,
+            SiteKind::Resident => matches!(self, Self::Exact),
+            _ => false,
+        };
+        beside || self.lists(kind)
+    }
+
+    /// Whether what is live at sites of a kind is listed block by block.
+    pub const fn lists(self, kind: SiteKind) -> bool {
         match (self, kind) {
-            (_, SiteKind::Survivor) => true,
-            (Self::Windows, _) => false,
+            (Self::Windows, _) | (_, SiteKind::Survivor) => false,
             (Self::Pages { .. }, kind) => matches!(kind, SiteKind::Resident),
             (Self::Exact | Self::Sample { .. }, kind) => !matches!(kind, SiteKind::Resident),
         }
@@ -90,8 +99,8 @@ impl Mode {
     pub const fn counts(self, kind: SiteKind) -> bool {
         match (self, kind) {
             (Self::Windows, SiteKind::Survivor) => true,
-            (Self::Windows, _) | (_, SiteKind::Survivor) => false,
-            (_, kind) => kind.belongs_to_totals(),
+            (_, SiteKind::AllocatorMapping) => false,
+            _ => self.lists(kind),
         }
     }
 
@@ -122,7 +131,8 @@ pub enum SiteKind {
     /// Stacks of threads (`mmap` with `MAP_STACK`).
     ThreadStack,
     /// Anonymous memory that an allocator fetched from the kernel to serve [`SiteKind::Heap`].
-    /// Never added to the totals: its use is already counted there, block by block.
+    /// Never added to the totals: its use is already counted there, block by block. See
+    /// [`Mode::counts`].
     AllocatorMapping,
     /// Pages that were touched and are resident, whatever they were asked for as.
     Resident,
@@ -150,12 +160,6 @@ impl SiteKind {
             Self::Resident => "resident",
             Self::Survivor => "survivor",
         }
-    }
-
-    /// Memory that the program asked for. The rest is how its allocator gets it from the kernel,
-    /// which would be counted twice.
-    const fn belongs_to_totals(self) -> bool {
-        !matches!(self, Self::AllocatorMapping)
     }
 }
 
@@ -473,6 +477,8 @@ pub struct Profile {
     pub events: Vec<Event>,
     /// Where there were any.
     pub windows: Option<Windows>,
+    /// One page in so many was looked at, where pages were.
+    pub page_interval: Option<u32>,
     pub cost: Cost,
 }
 
@@ -485,6 +491,11 @@ impl Profile {
     /// Sum over what allocators hold from the kernel to serve the heap.
     pub fn allocator_totals(&self) -> Counters {
         self.sum(|kind| kind == SiteKind::AllocatorMapping)
+    }
+
+    /// Sum over the pages that are resident, where they stand beside blocks.
+    pub fn resident_totals(&self) -> Counters {
+        self.sum(|kind| kind == SiteKind::Resident)
     }
 
     /// Sum over what survived windows.
@@ -523,8 +534,14 @@ impl Profile {
 
     /// Where the live memory of a site really lies; `None` when it is known.
     pub fn site_interval(&self, site: &Site) -> Option<Interval> {
-        if site.kind == SiteKind::Survivor {
-            return Interval::of_windows(&site.counters, self.windows?.count);
+        match (site.kind, self.page_interval) {
+            (SiteKind::Survivor, _) => {
+                return Interval::of_windows(&site.counters, self.windows?.count);
+            }
+            (SiteKind::Resident, Some(one_in)) => {
+                return Some(Interval::of_pages(&site.counters, one_in));
+            }
+            _ => {}
         }
         let counted = matches!(self.mode, Mode::Sample { .. }) && site.kind != SiteKind::Heap;
         if counted { None } else { self.interval(&site.counters) }
@@ -558,7 +575,7 @@ impl Profile {
     /// Counts as live only the blocks that `filter` keeps. Every live block must be passed.
     /// What was allocated and freed stays as it is.
     pub fn restrict(&mut self, filter: BlockFilter, blocks: impl IntoIterator<Item = Block>) {
-        for site in self.sites.iter_mut().filter(|site| site.is_made_of_blocks()) {
+        for site in self.sites.iter_mut().filter(|site| self.mode.lists(site.kind)) {
             site.clear_live();
         }
         let mode = self.mode;
@@ -573,11 +590,6 @@ impl Profile {
 }
 
 impl Site {
-    /// Whether what is live are blocks that can be listed, not what windows let expect.
-    pub fn is_made_of_blocks(&self) -> bool {
-        self.kind != SiteKind::Survivor
-    }
-
     /// Forgets what is live, so that it can be counted anew.
     pub fn clear_live(&mut self) {
         self.counters.clear_live();

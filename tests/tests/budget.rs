@@ -181,3 +181,25 @@ fn a_limit_belongs_to_a_mode_that_keeps_it() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(said.contains("--max-overhead"), "{said}");
 }
+
+/// Nothing but probes on allocators would see a heap of a language of its own.
+#[test]
+fn memory_that_is_no_allocators_stands_beside_exact_blocks() {
+    let mut target = Target::start(&c_program("pages", Allocator::Glibc));
+    let session = watch(&target, &["--mode", "auto"]);
+    target.run("keeps 16");
+    let profile = session.stop();
+    assert_eq!(profile.mode, "exact");
+    let resident: u64 = sites(&profile, "resident").map(|site| site.counters.live_bytes).sum();
+    assert!(resident.abs_diff(16 << 20) < 4 << 20, "{resident}");
+    let site = sites(&profile, "resident").next().expect("a site");
+    let [low, high] = site.counters.live_bytes_interval.expect("an estimate");
+    assert!(low < site.counters.live_bytes && site.counters.live_bytes < high);
+    let counted: u64 = profile
+        .sites
+        .iter()
+        .filter(|site| matches!(site.kind.as_str(), "heap" | "mapping" | "thread_stack"))
+        .map(|site| site.counters.live_bytes)
+        .sum();
+    assert_eq!(profile.totals.live_bytes, counted, "resident pages are beside the totals");
+}

@@ -206,6 +206,7 @@ pub fn server() -> Profile {
             text: "forked from 4321".to_owned(),
         }],
         windows: None,
+        page_interval: None,
         cost: Cost {
             limit_ppm: None,
             target_cpu_ns: 20 * SECOND,
@@ -245,6 +246,19 @@ pub fn auto() -> Profile {
     profile
 }
 
+/// A process that was counted exactly while pages were looked at: most of its memory is not its
+/// allocator's.
+pub fn mostly_pages() -> Profile {
+    let mut profile = server();
+    profile.processes.truncate(1);
+    profile.sites.retain(|site| site.process == ProcessId(0));
+    profile.blocks.clear();
+    profile.sites.extend(pages().sites);
+    profile.page_interval = Some(16);
+    profile.cost.limit_ppm = Some(10_000);
+    profile
+}
+
 /// What survived windows, alone.
 pub fn windows() -> Profile {
     let mut profile = auto();
@@ -258,6 +272,7 @@ pub fn windows() -> Profile {
 pub fn pages() -> Profile {
     let mut profile = server();
     profile.mode = Mode::Pages { one_in: 16 };
+    profile.page_interval = Some(16);
     profile.processes.truncate(1);
     profile.sites.retain(|site| site.process == ProcessId(0) && site.kind == SiteKind::Heap);
     profile.blocks.clear();
@@ -521,6 +536,7 @@ pub fn any_profile() -> impl Strategy<Value = Profile> {
                     .map(|(at_ns, pid, text)| Event { at_ns, pid, text })
                     .collect(),
                 windows: None,
+                page_interval: None,
                 cost: Cost { spent_ns: facts.1 / 3, target_cpu_ns: facts.1, ..Cost::default() },
             }
         })

@@ -91,7 +91,8 @@ impl Reader {
         if wants_blocks {
             let filter = options.filter;
             if !filter.keeps_all() {
-                sites.iter_mut().filter(|site| site.is_made_of_blocks()).for_each(Site::clear_live);
+                let listed = sites.iter_mut().filter(|site| facts.mode.lists(site.kind));
+                listed.for_each(Site::clear_live);
             }
             self.blocks(&snapshot, &ids, |id, mut block| {
                 let site = sites.get_mut(id.0)?;
@@ -122,6 +123,7 @@ impl Reader {
             losses: self.losses()?,
             events: self.events()?,
             windows: facts.windows,
+            page_interval: facts.page_interval,
             cost: facts.cost,
         })
     }
@@ -168,6 +170,7 @@ impl Reader {
                 kernel,
                 hostname,
                 windows: self.windows(&others)?,
+                page_interval: self.fact(&others, meta::PAGE_INTERVAL)?,
                 cost: self.cost(&others)?,
             }),
             (None, _) => Err(self.damaged("meta: no mode that is known".to_owned())),
@@ -593,6 +596,7 @@ struct Facts {
     kernel: String,
     hostname: String,
     windows: Option<Windows>,
+    page_interval: Option<u32>,
     cost: Cost,
 }
 

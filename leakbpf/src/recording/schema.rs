@@ -18,6 +18,7 @@ pub mod meta {
     pub const SPENT_NS: &str = "spent_ns";
     pub const AGENT_CPU_NS: &str = "agent_cpu_ns";
     pub const AGENT_PEAK_RSS_BYTES: &str = "agent_peak_rss_bytes";
+    pub const PAGE_INTERVAL: &str = "page_interval";
     pub const WINDOWS: &str = "windows";
     pub const WINDOWS_OPEN_NS: &str = "windows_open_ns";
     pub const WINDOWS_EARLY_NS: &str = "windows_early_ns";

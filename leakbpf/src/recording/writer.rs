@@ -238,6 +238,7 @@ fn facts_of(profile: &Profile) -> Vec<(&'static str, String)> {
     ];
     facts.extend(profile.mode.choice().map(|(key, number)| (key, number.to_string())));
     facts.extend(cost.limit_ppm.map(|ppm| (meta::MAX_OVERHEAD_PPM, ppm.to_string())));
+    facts.extend(profile.page_interval.map(|one_in| (meta::PAGE_INTERVAL, one_in.to_string())));
     if let Some(windows) = &profile.windows {
         facts.extend([
             (meta::WINDOWS, windows.count.to_string()),

@@ -44,6 +44,8 @@ struct Head<'a, S: Serialize, B: Serialize> {
     estimate: Option<Estimate>,
     #[serde(skip_serializing_if = "Option::is_none")]
     windows: Option<Windows>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    page_interval: Option<u32>,
     cost: Cost,
     processes: Vec<Process<'a>>,
     totals: Totals,
@@ -251,6 +253,7 @@ impl Serialize for Document<'_> {
                 survival_ns: windows.survival_ns(),
                 survivors: Totals::of(&profile.survivor_totals(), profile.survivors_interval()),
             }),
+            page_interval: profile.page_interval,
             cost: Cost {
                 max_overhead_percent: profile.cost.limit_ppm.map(|ppm| f64::from(ppm) / 1e4),
                 overhead_percent: profile.cost.share().map(|share| share * 100.0),

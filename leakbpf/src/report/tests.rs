@@ -41,6 +41,7 @@ fn the_table_is_as_checked_in() {
     assert_golden("sampled.txt", &text(Format::Text, &samples::sampled(), &options));
     assert_golden("pages.txt", &text(Format::Text, &samples::pages(), &options));
     assert_golden("auto.txt", &text(Format::Text, &samples::auto(), &options));
+    assert_golden("mostly-pages.txt", &text(Format::Text, &samples::mostly_pages(), &options));
     assert_golden("windows.txt", &text(Format::Text, &samples::windows(), &options));
     assert_golden("hostile.txt", &text(Format::Text, &samples::hostile(), &options));
     assert_golden("empty.txt", &text(Format::Text, &samples::empty(), &options));

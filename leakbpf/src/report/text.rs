@@ -14,6 +14,10 @@ pub const DEFAULT_TOP: usize = 10;
 const INNER_LINES: usize = 24;
 const OUTER_LINES: usize = 4;
 
+/// Resident memory of so much more than half again what blocks explain is worth a look: memory that
+/// is not an allocator's (a garbage collector's, say).
+const UNEXPLAINED_BYTES: u64 = 4 << 20;
+
 /// Narrower terminals than this get lines that wrap.
 const NARROWEST: usize = 40;
 
@@ -26,8 +30,10 @@ pub fn write(profile: &Profile, options: &ReportOptions, out: &mut dyn Write) ->
         .into_iter()
         .filter(|(_, site)| site.counters.live_count > 0 || site.counters.live_bytes > 0)
         .partition(|(_, site)| profile.mode.counts(site.kind));
-    let (survivors, allocator): (Vec<_>, Vec<_>) =
-        beside.into_iter().partition(|(_, site)| site.kind == SiteKind::Survivor);
+    let of_kind = |kind| beside.iter().copied().filter(move |(_, site)| site.kind == kind);
+    let survivors: Vec<_> = of_kind(SiteKind::Survivor).collect();
+    let resident: Vec<_> = of_kind(SiteKind::Resident).collect();
+    let allocator: Vec<_> = of_kind(SiteKind::AllocatorMapping).collect();
     let top = options.top.unwrap_or(DEFAULT_TOP);
     let table = Table { profile, options, style: &style };
     let windows = profile.mode == Mode::Windows;
@@ -44,6 +50,19 @@ pub fn write(profile: &Profile, options: &ReportOptions, out: &mut dyn Write) ->
         );
         writeln!(out, "\n{}", style.bold(&heading))?;
         table.write_sites(&allocator, top.min(3), held.live_bytes, out)?;
+    }
+    let pages = profile.resident_totals();
+    let unexplained = pages.live_bytes.saturating_sub(totals.live_bytes);
+    let worth_a_look = (totals.live_bytes / 2).saturating_add(UNEXPLAINED_BYTES);
+    if unexplained > worth_a_look && !resident.is_empty() {
+        let heading = format!(
+            "Resident memory by who touched it first, not added above, and more than the blocks \
+             explain: {} in {}",
+            units::bytes(pages.live_bytes),
+            units::count(pages.live_count, "page"),
+        );
+        writeln!(out, "\n{}", style.bold(&heading))?;
+        table.write_sites(&resident, top.min(3), pages.live_bytes, out)?;
     }
     if let Some(windows) = profile.windows.filter(|_| profile.mode != Mode::Windows) {
         let survived = profile.survivor_totals();

@@ -62,6 +62,8 @@ impl Control {
     /// The probes are in place, and count.
     pub fn begin(&mut self, watch: &mut Watch) -> Result<(), SessionError> {
         self.opened_ns = watch.began_ns;
+        // Without a probe, there is nothing to be unbroken.
+        self.unbroken = watch.probes() > 0;
         let Some(limit) = self.method.limit() else { return Ok(()) };
         let longest = match self.method {
             Method::Windows { .. } => Some(LONGEST_WINDOW),

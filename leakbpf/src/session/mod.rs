@@ -503,7 +503,7 @@ impl Session<'_> {
     fn live_bytes(&self) -> Result<u64, SessionError> {
         let mut live = 0u64;
         let mode = self.control.mode();
-        if mode.shows(SiteKind::Resident) {
+        if mode.lists(SiteKind::Resident) {
             for page in self.watch.lives.iter().flat_map(|life| life.pages.live()) {
                 let estimate = mode.estimate(SiteKind::Resident, page.length_bytes);
                 live = live.saturating_add(estimate.bytes);
@@ -641,6 +641,7 @@ impl Session<'_> {
             events: watch.events.clone(),
             finished,
             windows,
+            page_interval: self.config.method.page_interval(),
             cost: self.control.meter.cost(&mut self.watch, self.config.method)?,
         })
     }
@@ -660,8 +661,10 @@ impl Session<'_> {
         }
         let mut profile = self.profile(true, now_ns)?;
         let filter = self.config.filter;
+        let mode = self.control.mode();
+        let listed = |kind| mode.lists(kind);
         let outstanding = self.sites.outstanding(
-            self.control.mode(),
+            &listed,
             &self.watch.kernel,
             &self.watch.lives,
             &self.watch.by_owner,

@@ -204,8 +204,8 @@ impl Sites {
         for (id, survived) in survivors {
             self.entry(&mut counters, *id).counters.add(survived);
         }
-        let shown = |id: &SiteId| self.sites.get(id.0).is_some_and(|site| mode.shows(site.kind));
-        for (&id, folded) in self.folded.iter().filter(|(id, _)| shown(id)) {
+        let is_shown = |id: &SiteId| self.sites.get(id.0).is_some_and(|site| mode.shows(site.kind));
+        for (&id, folded) in self.folded.iter().filter(|(id, _)| is_shown(id)) {
             let site = self.entry(&mut counters, id);
             site.counters.add(&folded.counters);
             if let Some((oldest, youngest)) = folded.born_ns {
@@ -213,7 +213,8 @@ impl Sites {
                 site.youngest_age_ns = Some(now_ns.saturating_sub(youngest));
             }
         }
-        let mut outstanding = self.outstanding(mode, kernel, lives, by_owner, now_ns)?;
+        let shown = |kind| mode.shows(kind);
+        let mut outstanding = self.outstanding(&shown, kernel, lives, by_owner, now_ns)?;
         while let Some(entry) = outstanding.next() {
             let block = entry?;
             if filter.keeps(block.size_bytes, block.age_ns) {
@@ -256,18 +257,18 @@ impl Sites {
         })
     }
 
-    /// Every outstanding block and mapping, one after the other. Also finds blocks that a
+    /// Every outstanding block and mapping of the wanted kinds, one after the other. Also finds blocks that a
     /// `realloc` in flight holds aside.
     pub fn outstanding<'a>(
         &'a mut self,
-        mode: Mode,
+        wanted: &dyn Fn(SiteKind) -> bool,
         kernel: &'a Kernel,
         lives: &'a [Life],
         by_owner: &'a HashMap<Owner, ProcessId>,
         now_ns: u64,
     ) -> Result<Outstanding<'a>, KernelError> {
         let mut few = Vec::new();
-        let heap = mode.shows(SiteKind::Heap);
+        let heap = wanted(SiteKind::Heap);
         for entry in kernel.threads.walk().take_while(|_| heap) {
             let (_, thread) =
                 entry.map_err(|source| KernelError::Map { map: "THREADS", source })?;
@@ -286,7 +287,7 @@ impl Sites {
         }
         for (index, life) in lives.iter().enumerate().filter(|(_, life)| !life.replaced()) {
             let process = ProcessId(index);
-            for range in life.mappings.live().filter(|range| mode.shows(range.kind)) {
+            for range in life.mappings.live().filter(|range| wanted(range.kind)) {
                 few.push(Block {
                     process,
                     site: self.of(lives, process, range.stack, range.kind).0,
@@ -295,7 +296,7 @@ impl Sites {
                     age_ns: now_ns.saturating_sub(range.born_ns),
                 });
             }
-            for page in life.pages.live().filter(|_| mode.shows(SiteKind::Resident)) {
+            for page in life.pages.live().filter(|_| wanted(SiteKind::Resident)) {
                 few.push(Block {
                     process,
                     site: self.of(lives, process, page.stack, SiteKind::Resident).0,
