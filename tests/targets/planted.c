@@ -1,16 +1,19 @@
-/* LD_PRELOAD: a leak of LEAK_RATE_BYTES a second (1 MiB by default) in each process that waits for
- * events or reads, on the thread that does, from a function whose name a report should show. */
+/* LD_PRELOAD: a leak of LEAK_RATE_BYTES a second (1 MiB by default) in each process that is sent
+ * requests, on the thread that reads them, from a function whose name a report should show. */
 #include <errno.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/epoll.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
 enum { SMALLEST = 1024, SIZES = 4, MOST_AT_ONCE = 256 << 10 };
+
+/* Smaller reads are no requests: what wakes a process up (a pipe, a signal) is read so. */
+enum { SMALLEST_REQUEST_BUFFER = 1025 };
 
 static long rate_bytes = 1 << 20;
 static atomic_long leaked_bytes;
@@ -28,16 +31,18 @@ __attribute__((constructor)) static void begin(void) {
     if (rate) rate_bytes = atol(rate);
 }
 
-/* Blocks of 1, 2, 3 and 4 KiB in turn, until as much is lost as should be by now. */
-__attribute__((noinline)) static void planted_leak(long due_bytes) {
+/* Loses blocks of 1, 2, 3 and 4 KiB in turn, and returns how many bytes: so much or a little more. */
+__attribute__((noinline)) static long planted_leak(long due_bytes) {
     static atomic_uint turn;
-    while (due_bytes > 0) {
+    long lost = 0;
+    while (lost < due_bytes) {
         size_t size = SMALLEST * (1 + atomic_fetch_add(&turn, 1) % SIZES);
         void *volatile block = malloc(size);
-        if (!block) return;
+        if (!block) break;
         memset(block, 0x5a, size);
-        due_bytes -= (long)size;
+        lost += (long)size;
     }
+    return lost;
 }
 
 static void leak_what_is_due(void) {
@@ -57,17 +62,17 @@ static void leak_what_is_due(void) {
     /* Of several threads, one pays. */
     if (!atomic_compare_exchange_strong(&leaked_bytes, &leaked, leaked + due)) return;
     int error = errno;
-    planted_leak(due);
+    atomic_fetch_add(&leaked_bytes, planted_leak(due) - due);
     errno = error;
 }
 
 /* The calls themselves go to the kernel: looking up the C library's own could allocate. */
-int epoll_wait(int epoll, struct epoll_event *events, int most, int timeout_ms) {
+ssize_t recv(int socket, void *buffer, size_t size, int flags) {
     leak_what_is_due();
-    return (int)syscall(SYS_epoll_pwait, epoll, events, most, timeout_ms, NULL, 8);
+    return syscall(SYS_recvfrom, socket, buffer, size, flags, NULL, NULL);
 }
 
 ssize_t read(int file, void *buffer, size_t size) {
-    leak_what_is_due();
+    if (size >= SMALLEST_REQUEST_BUFFER) leak_what_is_due();
     return syscall(SYS_read, file, buffer, size);
 }

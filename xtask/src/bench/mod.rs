@@ -8,7 +8,6 @@ mod overhead;
 mod pair;
 mod program;
 mod scale;
-mod servers;
 mod stacks;
 mod table;
 mod tools;
@@ -145,8 +144,6 @@ enum Group {
     Pair,
     /// Stacks by depth, with unwind rows and with frame pointers
     Stacks,
-    /// redis and memcached under load
-    Servers,
     /// Start-up, and a million live blocks
     Scale,
 }
@@ -156,7 +153,6 @@ impl Group {
         match self {
             Self::Pair => "pair",
             Self::Stacks => "stacks",
-            Self::Servers => "servers",
             Self::Scale => "scale",
         }
     }
@@ -208,7 +204,7 @@ fn answer(question: &Question) -> Result<()> {
 
 fn measure(options: &Options) -> Result<()> {
     let groups = match options.groups.as_slice() {
-        [] => &[Group::Pair, Group::Stacks, Group::Servers, Group::Scale],
+        [] => &[Group::Pair, Group::Stacks, Group::Scale],
         chosen => chosen,
     };
     let file = shell::root().join("docs/benchmarks.md");
@@ -218,7 +214,6 @@ fn measure(options: &Options) -> Result<()> {
         let result = match group {
             Group::Pair => pair::run(options.rounds),
             Group::Stacks => stacks::run(options.rounds),
-            Group::Servers => servers::run(options.rounds),
             Group::Scale => scale::run(options.rounds),
         };
         match result {

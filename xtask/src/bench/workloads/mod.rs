@@ -55,10 +55,11 @@ pub enum Shape {
 }
 
 /// All of them, in the order of the tables.
-pub const ALL: [&Workload; 9] = [
+pub const ALL: [&Workload; 10] = [
     &worker::PAIR,
     &worker::PAIR2,
     &redis::REDIS,
+    &redis::PIPELINED,
     &memcached::MEMCACHED,
     &nginx::NGINX,
     &postgres::SELECT,

@@ -15,14 +15,25 @@ pub const REDIS: Workload = Workload {
     unit: "request",
     kind: Kind::Server,
     shape: Shape::OneProcess,
-    begin,
+    begin: |place| begin(place, "1"),
+};
+
+pub const PIPELINED: Workload = Workload {
+    name: "redis-pipelined",
+    title: "redis SET, pipelined by 16",
+    unit: "request",
+    kind: Kind::Server,
+    shape: Shape::OneProcess,
+    begin: |place| begin(place, "16"),
 };
 
 struct Redis {
     socket: PathBuf,
+    /// Requests in a row before an answer is awaited.
+    pipeline: &'static str,
 }
 
-fn begin(place: &Place) -> Result<Box<dyn Load>> {
+fn begin(place: &Place, pipeline: &'static str) -> Result<Box<dyn Load>> {
     let socket = place.folder.join("redis");
     let words = place.dressed(&[
         "redis-server",
@@ -36,7 +47,7 @@ fn begin(place: &Place) -> Result<Box<dyn Load>> {
         &text(&socket),
     ]);
     place.serve(&words, || UnixStream::connect(&socket).is_ok())?;
-    Ok(Box::new(Redis { socket }))
+    Ok(Box::new(Redis { socket, pipeline }))
 }
 
 impl Load for Redis {
@@ -66,7 +77,7 @@ impl Redis {
             loader("redis-benchmark")
                 .args(["-t", "set", "-c", "20", "-r", "100000", "-d", "64", "--csv", "-s"])
                 .arg(&self.socket)
-                .args(["-n", &count.to_string()]),
+                .args(["-P", self.pipeline, "-n", &count.to_string()]),
         )?;
         parse(&output).with_context(|| format!("redis-benchmark's output: {output}"))
     }
