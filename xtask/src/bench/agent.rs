@@ -22,8 +22,6 @@ pub enum Tracer {
     Naive,
     /// leakbpf, counting every block.
     Exact,
-    /// leakbpf, looking at some pages.
-    Pages,
     /// leakbpf as the arguments say.
     Record,
 }
@@ -61,7 +59,6 @@ impl Agent {
             Tracer::Floor => command.args(["bench-floor"]),
             Tracer::Naive => command.args(["bench-floor", "--naive"]),
             Tracer::Exact => command.args(["record", "--no-cache", "--interval", "1h"]),
-            Tracer::Pages => command.args(["record", "--no-cache", "--mode", "pages"]),
             Tracer::Record => command.args(["record", "--no-cache"]),
         };
         command.args(target).args(arguments);
