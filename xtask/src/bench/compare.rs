@@ -35,25 +35,38 @@ impl Column {
 
 pub fn run(workloads: &[&Workload], rounds: usize, span: Duration) -> Result<String> {
     let mut text = format!("{}\n", tools::versions());
-    let mut failures: Vec<String> = Vec::new();
+    let mut failures = Failures::default();
     for workload in workloads {
         text.push('\n');
         text.push_str(&table(workload, rounds, span, &mut failures)?);
     }
-    if !failures.is_empty() {
+    if !failures.0.is_empty() {
         text.push_str("\nNot measured:\n\n");
     }
-    for failure in failures {
-        let _ = writeln!(text, "- {failure}");
+    for (what, workloads) in failures.0 {
+        let _ = writeln!(text, "- {what} ({})", workloads.join(", "));
     }
     Ok(text)
+}
+
+/// Which tool could not, and why, with the workloads.
+#[derive(Default)]
+struct Failures(Vec<(String, Vec<&'static str>)>);
+
+impl Failures {
+    fn push(&mut self, what: String, workload: &'static str) {
+        match self.0.iter_mut().find(|(known, _)| *known == what) {
+            Some((_, workloads)) => workloads.push(workload),
+            None => self.0.push((what, [workload].to_vec())),
+        }
+    }
 }
 
 fn table(
     workload: &Workload,
     rounds: usize,
     span: Duration,
-    failures: &mut Vec<String>,
+    failures: &mut Failures,
 ) -> Result<String> {
     let mut columns = tools::ALL.map(|tool| (tool, Column::default()));
     let mut running = Running::start(workload, &tools::Tool::Nothing.dress())?;
@@ -90,7 +103,7 @@ fn table(
     let (cpu, rate) = (untraced.cpu_us_per_unit.median(), untraced.units_per_second.median());
     for (tool, column) in &columns {
         if let Some(failure) = &column.failure {
-            failures.push(format!("{}: {}: {failure}", workload.name, tool.title()));
+            failures.push(format!("{}: {failure}", tool.title()), workload.name);
         }
         let (own_cpu, own_rate) =
             (column.cpu_us_per_unit.median(), column.units_per_second.median());

@@ -42,16 +42,17 @@ struct Verdict {
 
 pub fn run(
     workloads: &[&Workload],
+    modes: &[String],
     span: Duration,
     rate_bytes: u64,
-    arguments: &[String],
+    further: &[String],
 ) -> Result<String> {
     let library = build()?;
     let mut text = format!(
-        "`leakbpf record {} -d {}`, a leak of {:.3} MiB/s in each process:\n\n",
-        arguments.join(" "),
+        "{} s, a leak of {:.2} MiB/s in each process that serves{}:\n\n",
         span.as_secs(),
         rate_bytes as f64 / MIB,
+        further.iter().map(|word| format!(", `{word}`")).collect::<String>(),
     );
     let mut table = Table::new(&[
         "",
@@ -62,18 +63,21 @@ pub fn run(
         "MiB of all",
     ]);
     let mut details = String::new();
-    for workload in workloads {
-        eprintln!("leak: {}", workload.name);
+    let cases = workloads.iter().flat_map(|workload| modes.iter().map(move |m| (workload, m)));
+    for (workload, mode) in cases {
+        eprintln!("leak: {}, {mode}", workload.name);
+        let mut arguments = ["--mode".to_owned(), mode.clone()].to_vec();
+        arguments.extend(further.iter().cloned());
         let dress = Dress {
             preload: Some(library.clone()),
             environment: [("LEAK_RATE_BYTES".to_owned(), rate_bytes.to_string())].to_vec(),
             ..Dress::default()
         };
-        let report = report(workload, &dress, span, arguments)?;
+        let report = report(workload, &dress, span, &arguments)?;
         let verdict = judge(&report).context("the report is not as docs/json.md says")?;
         let mib = |bytes: u64| format!("{:.1}", bytes as f64 / MIB);
         table.row(
-            workload.title,
+            &format!("{}, `{mode}`", workload.title),
             &[
                 verdict.rank.map_or_else(|| "none".to_owned(), |rank| rank.to_string()),
                 mib(verdict.rank_bytes),
@@ -82,7 +86,7 @@ pub fn run(
                 mib(verdict.total_bytes),
             ],
         );
-        let _ = writeln!(details, "\n{}:", workload.title);
+        let _ = writeln!(details, "\n{}, {mode}:", workload.title);
         for (bytes, functions) in &verdict.first {
             let _ = writeln!(details, "  {:>7} MiB  {functions}", mib(*bytes));
         }

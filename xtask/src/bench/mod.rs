@@ -72,14 +72,18 @@ enum Question {
     Leak {
         #[command(flatten)]
         choice: Choice,
-        #[command(flatten)]
-        flags: Flags,
+        /// leakbpf's modes, one after the other
+        #[arg(long, default_value = "pages,sample", value_delimiter = ',')]
+        mode: Vec<String>,
         /// How long leakbpf looks
         #[arg(long, default_value_t = 60, value_name = "S")]
         seconds: u64,
         /// What each process leaks in a second, in bytes
         #[arg(long, default_value_t = 1 << 20, value_name = "BYTES")]
         rate: u64,
+        /// Further arguments of `leakbpf record`
+        #[arg(last = true, value_name = "FLAGS")]
+        further: Vec<String>,
     },
     /// The load of the workload memcached, as a process of its own
     #[command(hide = true)]
@@ -186,10 +190,10 @@ fn answer(question: &Question) -> Result<()> {
             let workloads = choice.workloads(&[Kind::Server, Kind::Job]);
             ("overhead", choice, overhead::run(&workloads, *rounds, span, &flags.arguments())?)
         }
-        Question::Leak { choice, flags, seconds, rate } => {
+        Question::Leak { choice, mode, seconds, rate, further } => {
             let span = Duration::from_secs(*seconds);
             let workloads = choice.workloads(&[Kind::Server]);
-            ("leak", choice, leak::run(&workloads, span, *rate, &flags.arguments())?)
+            ("leak", choice, leak::run(&workloads, mode, span, *rate, further)?)
         }
         Question::LoadMemcached { .. } => return Ok(()),
     };

@@ -216,9 +216,8 @@ fn other(command: &mut Command, says: &str) -> Result<Attached> {
     /// From that line until its probes are there.
     const ATTACHING: Duration = Duration::from_millis(1500);
     const PATIENCE: Duration = Duration::from_secs(30);
-    let name = command.get_program().to_string_lossy().into_owned();
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = command.spawn().with_context(|| format!("cannot start {name}"))?;
+    let mut child = command.spawn().with_context(|| format!("cannot start {command:?}"))?;
     let attached_pid = child.id();
     let (sender, lines) = mpsc::channel();
     let stderr = sender.clone();
@@ -237,9 +236,10 @@ fn other(command: &mut Command, says: &str) -> Result<Attached> {
             Ok(line) => said.push(line),
             Err(_) => {
                 attached?.stop()?;
-                // Its reason comes first, and pages of a traceback after.
-                said.truncate(3);
-                bail!("{name} did not attach: {}", said.join("; "));
+                // One line of a traceback's many.
+                let is_reason = |line: &&String| line.contains("nable to") || line.contains("rror");
+                let reason = said.iter().find(is_reason).or(said.first());
+                bail!("{}", reason.map_or("did not say why it does not attach", String::as_str));
             }
         }
     }

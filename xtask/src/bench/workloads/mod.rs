@@ -154,10 +154,12 @@ impl Place {
         let begin = Instant::now();
         while !answers() {
             if let Some(status) = child.try_wait()? {
-                bail!("{} ended with {status}", words.join(" "));
+                eprintln!("{} ended with {status}", words.join(" "));
+                bail!("the server ended with {status}");
             }
             if begin.elapsed() > PATIENCE {
-                bail!("{} does not answer", words.join(" "));
+                eprintln!("{} does not answer", words.join(" "));
+                bail!("the server does not answer");
             }
             thread::sleep(Duration::from_millis(20));
         }
