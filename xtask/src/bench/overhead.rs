@@ -3,7 +3,8 @@
 //! The machine's speed drifts by more than what is to be found. So slices are short, and a quarter
 //! of them in turn are untraced, traced, traced, untraced: a drift that is even over the four
 //! cancels out. Between those come fours of which none is traced and which are computed the same
-//! way: what they differ by is noise.
+//! way: what they differ by is noise. Other work on the machine only ever adds to a slice's time
+//! (caches, the other hyperthread), so the least of all slices of a kind are compared as well.
 
 use std::time::Duration;
 
@@ -19,9 +20,18 @@ struct Fours {
     cpu_us_per_unit: Samples,
     /// How much more the middle two took than the outer two.
     more_percent: Samples,
+    /// Of each of the outer two and of the middle two.
+    outer_slices: Samples,
+    middle_slices: Samples,
     agent_percent: Samples,
     /// Of the middle two's 99th percentile to that of the outer two.
     p99_more_percent: Samples,
+}
+
+impl Fours {
+    fn more_by_least(&self) -> Option<f64> {
+        Some((self.middle_slices.min()? / self.outer_slices.min()? - 1.0) * 100.0)
+    }
 }
 
 pub fn run(
@@ -40,8 +50,10 @@ pub fn run(
         "µs CPU a unit untraced",
         "more when traced, %",
         "least to most",
+        "by the least slices",
         "noise: more when not, %",
         "least to most",
+        "by the least slices",
         "p99 more, %",
         "agent, % of a CPU",
     ]);
@@ -60,8 +72,10 @@ pub fn run(
                 figure(untraced.cpu_us_per_unit.median()),
                 signed(traced.more_percent.median()),
                 range(&traced.more_percent),
+                signed(traced.more_by_least()),
                 signed(untraced.more_percent.median()),
                 range(&untraced.more_percent),
+                signed(untraced.more_by_least()),
                 signed(traced.p99_more_percent.median()),
                 figure(traced.agent_percent.median()),
             ],
@@ -90,6 +104,11 @@ fn four(
         agent.stop()?;
     }
     let outer = [first, running.measure(span)?];
+    for (slices, samples) in
+        [(&outer, &mut fours.outer_slices), (&middle, &mut fours.middle_slices)]
+    {
+        slices.iter().for_each(|slice| samples.push(slice.cpu_us_per_unit()));
+    }
     fours.cpu_us_per_unit.push(cpu_us_per_unit(&outer));
     fours.more_percent.push((cpu_us_per_unit(&middle) / cpu_us_per_unit(&outer) - 1.0) * 100.0);
     let seconds: f64 = middle.iter().map(|slice| slice.seconds).sum();
