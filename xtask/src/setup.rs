@@ -29,6 +29,17 @@ const KERNELS: &[&str] = &["xz-utils", "zstd", "python3", "util-linux", "debian-
 
 const BENCHMARKS: &[&str] = &["valgrind", "heaptrack"];
 
+/// What only the commands of `cargo xtask bench` use: nothing else waits for them.
+const SERVERS_AND_PROFILERS: &[&str] = &[
+    "postgresql",
+    "wrk",
+    "libstb-dev",
+    "bpftrace",
+    "bpfcc-tools",
+    "libgoogle-perftools4",
+    "util-linux",
+];
+
 pub fn run() -> Result<()> {
     let mut wanted: Vec<&str> = Vec::new();
     for package in [TESTS, KERNELS, BENCHMARKS].concat() {
@@ -50,4 +61,9 @@ pub fn run() -> Result<()> {
     packages::install(&wanted)?;
     println!("setup: everything is installed");
     Ok(())
+}
+
+/// What real programs are measured with, beyond [`run`].
+pub fn servers_and_profilers() -> Result<()> {
+    packages::install(SERVERS_AND_PROFILERS)
 }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use super::control_group::ControlGroup;
 use crate::shell;
 
 /// What is attached to the measured program.
@@ -21,8 +22,8 @@ pub enum Tracer {
     Naive,
     /// leakbpf, counting every block.
     Exact,
-    /// leakbpf, looking at some pages.
-    Pages,
+    /// leakbpf as the arguments say.
+    Record,
 }
 
 pub struct Agent {
@@ -40,19 +41,29 @@ const PATIENCE: Duration = Duration::from_secs(30);
 impl Agent {
     /// Returns once the probes are placed. `arguments` are added to the command line.
     pub fn attach(tracer: Tracer, pid: u32, arguments: &[&str]) -> Result<Self> {
+        Self::attach_to(tracer, &["-p", &pid.to_string()], arguments)
+    }
+
+    /// To a program with all its processes.
+    pub fn attach_to_group(
+        tracer: Tracer,
+        group: &ControlGroup,
+        arguments: &[&str],
+    ) -> Result<Self> {
+        Self::attach_to(tracer, &["--cgroup", &group.path().to_string_lossy()], arguments)
+    }
+
+    fn attach_to(tracer: Tracer, target: &[&str], arguments: &[&str]) -> Result<Self> {
         let mut command = Command::new(binary());
         match tracer {
             Tracer::Floor => command.args(["bench-floor"]),
             Tracer::Naive => command.args(["bench-floor", "--naive"]),
-            Tracer::Exact if arguments.contains(&"--mode") => {
-                command.args(["record", "--no-cache", "--interval", "1h"])
-            }
             Tracer::Exact => {
                 command.args(["record", "--no-cache", "--interval", "1h", "--mode", "exact"])
             }
-            Tracer::Pages => command.args(["record", "--no-cache", "--mode", "pages"]),
+            Tracer::Record => command.args(["record", "--no-cache", "--interval", "1h"]),
         };
-        command.args(["-p", &pid.to_string()]).args(arguments);
+        command.args(target).args(arguments);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let begin = Instant::now();
         let mut process = command.spawn().context("cannot start leakbpf")?;
@@ -106,6 +117,23 @@ impl Agent {
                 bail!("leakbpf does not stop");
             }
             thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Waits until it ends by itself.
+    pub fn finish(mut self, patience: Duration) -> Result<()> {
+        let begin = Instant::now();
+        loop {
+            if let Some(status) = self.process.try_wait()? {
+                if !status.success() {
+                    bail!("leakbpf ended with {status}");
+                }
+                return Ok(());
+            }
+            if begin.elapsed() > patience {
+                bail!("leakbpf does not end");
+            }
+            thread::sleep(Duration::from_millis(50));
         }
     }
 

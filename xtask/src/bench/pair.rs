@@ -129,7 +129,7 @@ fn measure(path: &Path, library: Option<&str>, costs: &mut Costs) -> Result<()> 
     costs.exact.push(pair_ns(&mut program, 0)?);
     costs.exact_deep.push(pair_ns(&mut program, DEEP)?);
     agent.stop()?;
-    let agent = Agent::attach(Tracer::Exact, program.pid(), &["--mode", "sample"])?;
+    let agent = Agent::attach(Tracer::Record, program.pid(), &["--mode", "sample"])?;
     costs.sample.push(pair_ns(&mut program, 0)?);
     agent.stop()?;
     costs.untraced.push(pair_ns(&mut program, 0)?);

@@ -20,6 +20,11 @@ impl Samples {
         self.0.iter().copied().reduce(f64::min)
     }
 
+    /// `None` without samples.
+    pub fn max(&self) -> Option<f64> {
+        self.0.iter().copied().reduce(f64::max)
+    }
+
     /// `None` without samples. Of an even number, the upper of the two in the middle.
     pub fn median(&self) -> Option<f64> {
         let mut sorted = self.0.clone();
