@@ -20,7 +20,7 @@ use crate::{
     ledger::windows::{Seen, Window, Windows},
     probe::kernel::KernelError,
     process::cpu_time,
-    profile::{self, Counters, Mode, SiteId, SiteKind},
+    profile::{self, Counters, Mode, ProcessId, SiteId, SiteKind},
     report,
 };
 
@@ -262,7 +262,10 @@ impl<'a> Tallies<'a> {
 
     fn block(&mut self, key: &BlockKey, block: &Block) {
         let early = self.window.opened_ns..self.window.middle_ns();
+        // What a process has when it ends goes with it.
+        let lives = |life: &ProcessId| self.watch.lives.get(life.0).is_some_and(|it| !it.ended());
         if early.contains(&block.born_ns)
+            && self.watch.by_owner.get(&key.owner).is_some_and(lives)
             && let Some(seen) = self.of(key.owner, block.stack)
         {
             seen.survived_bytes = seen.survived_bytes.saturating_add(block.size_bytes);
