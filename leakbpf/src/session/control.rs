@@ -97,7 +97,11 @@ impl Control {
     pub fn attend(&mut self, watch: &mut Watch) -> Result<Step, SessionError> {
         let Some(budget) = &mut self.budget else { return Ok(Step::Stay) };
         let now = self.meter.read(watch)?;
-        let step = budget.decide(now);
+        let mut step = budget.decide(now);
+        if step == Step::Open && watch.detaching() > 0 {
+            // Those of the last window still run their programs: a call would be counted twice.
+            step = Step::Stay;
+        }
         self.due = Instant::now() + budget.look_again_after(now);
         let open_for = Duration::from_nanos(now.at_ns.saturating_sub(self.opened_ns));
         let long = budget.is_open() && open_for >= LONG_WINDOW && !self.unbroken;
