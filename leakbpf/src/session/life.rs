@@ -113,11 +113,12 @@ impl Life {
         &mut self,
         stack: &NewStack,
         modules: &mut Modules,
-        read: impl FnOnce(Owner) -> Maps,
+        read: impl FnOnce(Owner) -> (u32, Maps),
     ) {
         let caller = stack.frames.get(..1).unwrap_or_default();
         if !self.ended() && !self.space.covers(stack.library_epoch, caller) {
-            self.refresh(stack.library_epoch, read(self.owner));
+            let (library_epoch, maps) = read(self.owner);
+            self.refresh(library_epoch, maps);
         }
         let placed = self.place(stack, modules);
         if self.perf_map.is_none() && placed.frames.iter().any(|frame| frame.module.is_none()) {
@@ -127,32 +128,36 @@ impl Life {
     }
 
     fn place(&self, stack: &NewStack, modules: &mut Modules) -> Stack {
-        let interrupted = stack.interrupted;
-        let stack = self.space.place_stack(stack.library_epoch, stack.outcome, &stack.frames);
-        let frames = stack
+        let (pid, maps) = (self.pid(), self.space.maps());
+        let placed = self.space.place_stack(stack.library_epoch, stack.outcome, &stack.frames);
+        let frames = placed
             .frames
             .into_iter()
-            .map(|(avma, place)| match place {
-                Place::File { id, file_offset } => {
-                    let module = modules.of_file(self.pid(), id, self.space.maps());
-                    let svma = modules.svma(module, file_offset);
-                    (avma, Some(module), svma)
-                }
-                Place::Vdso { offset } => {
-                    let module = modules.vdso();
-                    let svma = modules.svma(module, offset);
-                    (avma, Some(module), svma)
-                }
-                Place::Anonymous => (avma, None, avma),
-            })
-            .enumerate()
-            .map(|(depth, (avma, module, svma))| PlacedFrame {
-                avma,
-                module,
-                svma,
-                interrupted: interrupted >> depth & 1 != 0,
+            .zip(&stack.frames)
+            .map(|((avma, place), word)| {
+                let (module, svma) = match place {
+                    Place::File { id, file_offset } => {
+                        let module = modules.of_file(pid, id, maps);
+                        (Some(module), modules.svma(module, file_offset))
+                    }
+                    Place::Vdso { offset } => {
+                        let module = modules.vdso();
+                        (Some(module), modules.svma(module, offset))
+                    }
+                    Place::Module { number, offset } => {
+                        let (module, svma) = modules.of_number(number, offset, pid, maps);
+                        (Some(module), svma)
+                    }
+                    Place::Anonymous => (None, avma.unwrap_or(0)),
+                };
+                let lay = || {
+                    let (file, offset) = modules.in_file(module?, svma)?;
+                    self.space.avma(stack.library_epoch, file, offset)
+                };
+                let avma = avma.or_else(lay).unwrap_or(svma);
+                PlacedFrame { avma, module, svma, interrupted: word.is_interrupted() }
             })
             .collect();
-        Stack { outcome: stack.outcome, frames }
+        Stack { outcome: placed.outcome, frames }
     }
 }

@@ -16,6 +16,7 @@ pub mod life;
 mod limits;
 mod loading;
 pub mod modules;
+mod numbers;
 mod output;
 pub mod placement;
 mod signals;

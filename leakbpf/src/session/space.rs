@@ -6,7 +6,7 @@ use crate::{
     process::maps::{Backing, FileId, Maps},
     profile::StackOutcome,
 };
-use leakbpf_common::abi::Outcome;
+use leakbpf_common::abi::{FramePlace, FrameWord, Outcome};
 
 /// Address lists kept of one process. Each `dlopen` and `dlclose` makes one; a stack may have been
 /// taken several of them ago.
@@ -19,6 +19,9 @@ pub enum Place {
     File { id: FileId, file_offset: u64 },
     /// The kernel's own page of code; offset from its beginning.
     Vdso { offset: u64 },
+    /// A module by its number, and the offset in it: the kernel side knew it when it walked the
+    /// stack.
+    Module { number: u32, offset: u32 },
     /// Executable memory without a file: code made at run time.
     Anonymous,
 }
@@ -26,7 +29,8 @@ pub enum Place {
 /// A stack whose frames have been checked against the address space.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PlacedStack {
-    pub frames: Vec<(u64, Place)>,
+    /// With their addresses, where these are known.
+    pub frames: Vec<(Option<u64>, Place)>,
     pub outcome: StackOutcome,
 }
 
@@ -70,17 +74,40 @@ impl Space {
     }
 
     /// Whether a list of this epoch or a later one is known and knows every frame.
-    pub fn covers(&self, library_epoch: u32, frames: &[u64]) -> bool {
-        self.epoch().is_some_and(|epoch| epoch >= library_epoch)
-            && frames.iter().all(|&avma| self.place(library_epoch, avma).is_some())
+    pub fn covers(&self, library_epoch: u32, frames: &[FrameWord]) -> bool {
+        frames.iter().all(|frame| match frame.place() {
+            FramePlace::Module { .. } => true,
+            FramePlace::Address(avma) => {
+                self.epoch().is_some_and(|epoch| epoch >= library_epoch)
+                    && self.place(library_epoch, avma).is_some()
+            }
+        })
     }
 
-    /// Looks first in the list of the stack's own time, then in later ones, then in earlier ones:
-    /// a list can be read only after the change that it shows.
+    /// Where a byte of a file lay: `None` stands for the vDSO.
+    pub fn avma(&self, library_epoch: u32, file: Option<FileId>, offset: u64) -> Option<u64> {
+        self.in_order(library_epoch).flat_map(Maps::iter).find_map(|mapping| {
+            let begin = match &mapping.backing {
+                Backing::File { id, .. } if Some(*id) == file => mapping.file_offset,
+                Backing::Special(name) if file.is_none() && name == "[vdso]" => 0,
+                _ => return None,
+            };
+            let avma = mapping.start_avma.checked_add(offset.checked_sub(begin)?)?;
+            (mapping.permissions.execute && mapping.contains(avma)).then_some(avma)
+        })
+    }
+
+    /// First the list of a stack's own time, then later ones, then earlier ones: a list can be read
+    /// only after the change that it shows.
+    fn in_order(&self, library_epoch: u32) -> impl Iterator<Item = &Maps> {
+        let later = self.lists.iter().filter(move |(epoch, _)| *epoch >= library_epoch);
+        let earlier = self.lists.iter().rev().filter(move |(epoch, _)| *epoch < library_epoch);
+        later.chain(earlier).map(|(_, maps)| maps)
+    }
+
+    /// What is at an address, and whether a return probe has put it there.
     fn place(&self, library_epoch: u32, avma: u64) -> Option<(Place, bool)> {
-        let later = self.lists.iter().filter(|(epoch, _)| *epoch >= library_epoch);
-        let earlier = self.lists.iter().rev().filter(|(epoch, _)| *epoch < library_epoch);
-        later.chain(earlier).find_map(|(_, maps)| {
+        self.in_order(library_epoch).find_map(|maps| {
             let mapping = maps.find(avma)?;
             let offset = avma.checked_sub(mapping.start_avma)?;
             let place = match &mapping.backing {
@@ -99,15 +126,27 @@ impl Space {
 
     /// Gives each frame its place. A frame that points to no code ends the stack: a frame pointer
     /// was not one. The first frame is always right and is kept even when its library is gone.
-    pub fn place_stack(&self, library_epoch: u32, outcome: Outcome, frames: &[u64]) -> PlacedStack {
+    pub fn place_stack(
+        &self,
+        library_epoch: u32,
+        outcome: Outcome,
+        frames: &[FrameWord],
+    ) -> PlacedStack {
         let mut placed = Vec::with_capacity(frames.len());
-        for (depth, &avma) in frames.iter().enumerate() {
+        for (depth, frame) in frames.iter().enumerate() {
+            let avma = match frame.place() {
+                FramePlace::Address(avma) => avma,
+                FramePlace::Module { number, offset } => {
+                    placed.push((None, Place::Module { number, offset }));
+                    continue;
+                }
+            };
             match self.place(library_epoch, avma) {
                 Some((_, true)) => {
                     return PlacedStack { frames: placed, outcome: StackOutcome::Trampoline };
                 }
-                Some((place, false)) => placed.push((avma, place)),
-                None if depth == 0 => placed.push((avma, Place::Anonymous)),
+                Some((place, false)) => placed.push((Some(avma), place)),
+                None if depth == 0 => placed.push((Some(avma), Place::Anonymous)),
                 None => {
                     return PlacedStack { frames: placed, outcome: StackOutcome::BadAddress };
                 }
@@ -148,6 +187,33 @@ mod tests {
         space
     }
 
+    fn words<const N: usize>(addresses: [u64; N]) -> [FrameWord; N] {
+        addresses.map(FrameWord)
+    }
+
+    #[test]
+    fn a_frame_that_names_its_module_needs_no_list() {
+        let place = FramePlace::Module { number: 3, offset: 0x5010 };
+        let frames = [FrameWord::of(place), FrameWord(0x1010)];
+        assert!(Space::default().covers(9, &frames[..1]));
+        let stack = space().place_stack(9, Outcome::Complete, &frames);
+        assert_eq!(stack.frames[0], (None, Place::Module { number: 3, offset: 0x5010 }));
+        assert_eq!(inode(&stack, 1), 11);
+    }
+
+    #[test]
+    fn a_byte_of_a_file_lies_where_it_lay_at_the_stacks_time() {
+        let file =
+            |inode| match &space().maps().expect("a list").find(0x1000).expect("mapped").backing {
+                Backing::File { id, .. } => Some(FileId { inode, ..*id }),
+                other => panic!("no file: {other:?}"),
+            };
+        assert_eq!(space().avma(1, file(12), 0x3010), Some(0x5010));
+        assert_eq!(space().avma(2, file(13), 0x10), Some(0x5010));
+        assert_eq!(space().avma(2, file(13), 0x1010), None);
+        assert_eq!(space().avma(2, file(14), 0x10), None);
+    }
+
     fn inode(stack: &PlacedStack, frame: usize) -> u64 {
         match &stack.frames[frame].1 {
             Place::File { id, .. } => id.inode,
@@ -157,8 +223,8 @@ mod tests {
 
     #[test]
     fn the_same_address_is_another_library_after_a_dlclose() {
-        let before = space().place_stack(1, Outcome::Complete, &[0x5010]);
-        let after = space().place_stack(2, Outcome::Complete, &[0x5010]);
+        let before = space().place_stack(1, Outcome::Complete, &words([0x5010]));
+        let after = space().place_stack(2, Outcome::Complete, &words([0x5010]));
         assert_eq!((inode(&before, 0), inode(&after, 0)), (12, 13));
         assert_eq!(
             before.frames[0].1,
@@ -174,21 +240,21 @@ mod tests {
 
     #[test]
     fn a_frame_that_is_not_code_ends_the_stack() {
-        let stack = space().place_stack(1, Outcome::Complete, &[0x1010, 0x2010, 0x1020]);
+        let stack = space().place_stack(1, Outcome::Complete, &words([0x1010, 0x2010, 0x1020]));
         assert_eq!(stack.frames.len(), 1);
         assert_eq!(stack.outcome, StackOutcome::BadAddress);
     }
 
     #[test]
     fn a_foreign_return_probe_ends_the_stack() {
-        let stack = space().place_stack(1, Outcome::Complete, &[0x1010, 0x7000, 0x1020]);
+        let stack = space().place_stack(1, Outcome::Complete, &words([0x1010, 0x7000, 0x1020]));
         assert_eq!((stack.frames.len(), stack.outcome), (1, StackOutcome::Trampoline));
     }
 
     #[test]
     fn the_immediate_caller_is_kept_whatever_it_is() {
-        let stack = space().place_stack(1, Outcome::NoFramePointer, &[0x9999]);
-        assert_eq!(stack.frames, [(0x9999, Place::Anonymous)]);
+        let stack = space().place_stack(1, Outcome::NoFramePointer, &words([0x9999]));
+        assert_eq!(stack.frames, [(Some(0x9999), Place::Anonymous)]);
         assert_eq!(stack.outcome, StackOutcome::NoFramePointer);
     }
 }

@@ -121,7 +121,7 @@ impl Watch {
             kernel,
             lives: Vec::new(),
             by_owner: HashMap::new(),
-            modules: Modules::new(),
+            modules: Modules::new(unwinding.numbers()),
             events: Vec::new(),
             children_seen_late: 0,
             probes_moved: 0,
@@ -291,9 +291,10 @@ impl Watch {
     pub fn take(&mut self, record: Record) {
         match record {
             Record::Stack(stack) => {
+                self.modules.take_opened();
                 if let Some(id) = self.life_or_stranger(stack.head.owner) {
                     let Self { lives, modules, kernel, .. } = self;
-                    lives[id.0].learn(&stack, modules, |owner| maps_of(kernel, owner));
+                    lives[id.0].learn(&stack, modules, |owner| epoch_and_maps_of(kernel, owner));
                 }
             }
             Record::Mapping(record) => {
@@ -482,8 +483,8 @@ impl Watch {
 
     fn libraries_changed(&mut self, change: &LibrariesRecord) {
         let Some(id) = self.life_of(change.head.owner) else { return };
-        let maps = maps_of(&self.kernel, change.head.owner);
-        self.lives[id.0].refresh(change.library_epoch, maps);
+        let (library_epoch, maps) = epoch_and_maps_of(&self.kernel, change.head.owner);
+        self.lives[id.0].refresh(library_epoch, maps);
         self.changed.insert(change.head.owner);
     }
 
@@ -526,9 +527,9 @@ impl Watch {
     fn unmapped(&mut self, unmapped: &UnmappedRecord) {
         let owner = unmapped.head.owner;
         let Some(id) = self.life_of(owner).filter(|id| !self.lives[id.0].ended()) else { return };
-        let maps = maps_of(&self.kernel, owner);
+        let (library_epoch, maps) = epoch_and_maps_of(&self.kernel, owner);
         let life = &mut self.lives[id.0];
-        life.refresh(unmapped.library_epoch, maps);
+        life.refresh(library_epoch, maps);
         let mapping = life.space.maps().and_then(|maps| maps.find(unmapped.address));
         if mapping.is_some_and(|mapping| mapping.permissions.execute) {
             self.changed.insert(owner);
@@ -601,11 +602,18 @@ pub fn monotonic_ns() -> u64 {
 /// The mappings of a life. Empty when they can't be read, or when the process has begun another life
 /// by `execve`, which the kernel side knows before its new program runs.
 fn maps_of(kernel: &Kernel, owner: Owner) -> Maps {
+    epoch_and_maps_of(kernel, owner).1
+}
+
+/// With the time that they are of, at the least.
+fn epoch_and_maps_of(kernel: &Kernel, owner: Owner) -> (u32, Maps) {
     let pid = owner.tgid();
+    let state = || kernel.processes.get(&pid).ok().flatten();
+    let library_epoch = state().filter(|state| state.owner == owner).map(|it| it.library_epoch);
     let maps = Maps::of(Pid(pid)).unwrap_or_default();
-    match kernel.processes.get(&pid) {
-        Ok(Some(state)) if state.owner != owner => Maps::default(),
-        _ => maps,
+    match state() {
+        Some(state) if state.owner != owner => (0, Maps::default()),
+        _ => (library_epoch.unwrap_or(0), maps),
     }
 }
 
