@@ -79,8 +79,8 @@ pub struct Walk {
     /// All ones when frames are places in modules: the list of mappings is one of the present time.
     /// 0 when they are addresses.
     pub in_modules: u64,
-    /// The bits that all frames have in common.
-    pub common: u64,
+    /// 0 when some frame is an address.
+    pub all_in_modules: u64,
     pub stack: StackWindow,
     pub rules: [CachedRule; CACHED_RULES],
 }

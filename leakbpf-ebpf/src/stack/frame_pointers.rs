@@ -53,7 +53,7 @@ pub fn walk(registers: &Registers, hash: u64, scratch: &mut Scratch) {
     }
     let walk = &mut scratch.walk;
     walk.hash = hash;
-    walk.common = 0;
+    walk.all_in_modules = 0;
     walk.count = count as u64;
     walk.outcome = outcome as u64;
 }

@@ -108,14 +108,14 @@ fn walk(
                 let word = registers.ip & FrameWord::ADDRESS;
                 scratch.record.frames[0] = FrameWord(word);
                 walk.count = 1;
-                walk.common = 0;
+                walk.all_in_modules = 0;
                 walk.hash = mix(hash, word);
                 walk.outcome = Outcome::BadAddress as u64;
             }
         }
         None => frame_pointers::walk(registers, hash, scratch),
     }
-    if scratch.walk.common & FrameWord::IN_MODULE == 0 {
+    if scratch.walk.all_in_modules == 0 {
         // Addresses are other code when libraries have come or gone.
         scratch.walk.hash = mix(scratch.walk.hash, u64::from(library_epoch));
     }

@@ -53,10 +53,10 @@ pub fn walk(
         core::ptr::write_volatile(&raw mut walk.unmapped, 0);
         core::ptr::write_volatile(&raw mut walk.mapping, 0);
     }
-    walk.common = u64::MAX;
     // SAFETY: the field of a map value, which the agent may replace.
     let listed = unsafe { core::ptr::read_volatile(&raw const space.library_epoch) };
     walk.in_modules = if listed == library_epoch { u64::MAX } else { 0 };
+    walk.all_in_modules = walk.in_modules;
     walk.stack.copy(registers.sp, WINDOW_BYTES);
     if settings::get(&settings::STACK_WALK) == StackWalk::Rows as u32 {
         let mut context = Context { scratch, space };
@@ -147,6 +147,8 @@ fn advance<const CACHES: bool>(scratch: &mut Scratch, space: &AddressSpace) -> O
                     slot
                 };
                 rule = &walk.rules[place].rule;
+            } else if mapping.shift == 0 {
+                walk.all_in_modules = 0;
             }
         }
         None => {
@@ -155,6 +157,7 @@ fn advance<const CACHES: bool>(scratch: &mut Scratch, space: &AddressSpace) -> O
                 return None;
             }
             walk.unmapped = address;
+            walk.all_in_modules = 0;
             word = walk.registers.ip & FrameWord::ADDRESS;
         }
     }
@@ -165,7 +168,6 @@ fn advance<const CACHES: bool>(scratch: &mut Scratch, space: &AddressSpace) -> O
         scratch.record.frames[index] = FrameWord(word | interrupted);
     }
     walk.count += 1;
-    walk.common &= word;
     walk.hash = mix(walk.hash, word);
 
     let stack = &mut walk.stack;

@@ -1,6 +1,6 @@
 //! One life of a process: from fork, exec or attach to its exit or next exec.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, ops::RangeInclusive, sync::Arc};
 
 use leakbpf_common::abi::{Owner, StackId};
 
@@ -104,8 +104,8 @@ impl Life {
     }
 
     /// Takes in the address space as it is now. What was known stays when it can't be read any more.
-    pub fn refresh(&mut self, library_epoch: u32, maps: Maps) {
-        self.space.learn(library_epoch.max(self.space.epoch().unwrap_or(0)), maps);
+    pub fn refresh(&mut self, epochs: RangeInclusive<u32>, maps: Maps) {
+        self.space.learn(epochs, maps);
     }
 
     /// Takes in a stack that the kernel side has announced. `read` gives the mappings of this life.
@@ -113,12 +113,12 @@ impl Life {
         &mut self,
         stack: &NewStack,
         modules: &mut Modules,
-        read: impl FnOnce(Owner) -> (u32, Maps),
+        read: impl FnOnce(Owner) -> (RangeInclusive<u32>, Maps),
     ) {
         let caller = stack.frames.get(..1).unwrap_or_default();
         if !self.ended() && !self.space.covers(stack.library_epoch, caller) {
-            let (library_epoch, maps) = read(self.owner);
-            self.refresh(library_epoch, maps);
+            let (epochs, maps) = read(self.owner);
+            self.refresh(epochs, maps);
         }
         let placed = self.place(stack, modules);
         if self.perf_map.is_none() && placed.frames.iter().any(|frame| frame.module.is_none()) {

@@ -3,21 +3,25 @@
 //! and the session that reads them.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     fs::File,
+    ops::RangeInclusive,
     os::unix::fs::MetadataExt as _,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use leakbpf_common::abi::FrameWord;
+use leakbpf_common::abi::{FrameWord, Owner};
 
 use crate::process::{
     Pid,
-    maps::{FileId, Mapping},
+    maps::{FileId, Mapping, Maps},
 };
 
 /// Files that wait for the session. Those beyond it has to open itself, while they are mapped.
 const OPENED_MAX: usize = 1024;
+
+/// Lists of mappings that wait for the session.
+const LISTS_MAX: usize = 64;
 
 /// Tells a file from one that has its inode number after it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -69,6 +73,15 @@ pub struct Opened {
     pub file: File,
 }
 
+/// The mappings of a process, read soon after they changed.
+#[derive(Debug)]
+pub struct Listed {
+    pub owner: Owner,
+    /// Library epochs before and after they were read.
+    pub epochs: RangeInclusive<u32>,
+    pub maps: Maps,
+}
+
 /// See the module's documentation.
 #[derive(Debug, Clone, Default)]
 pub struct Numbers {
@@ -81,6 +94,7 @@ struct Shared {
     /// From number 1 on.
     modules: Vec<Numbered>,
     opened: Vec<Opened>,
+    lists: VecDeque<Listed>,
 }
 
 impl Numbers {
@@ -113,6 +127,18 @@ impl Numbers {
         if waiting.len() < OPENED_MAX {
             waiting.push(opened);
         }
+    }
+
+    pub fn tell(&self, list: Listed) {
+        let lists = &mut self.shared().lists;
+        if lists.len() >= LISTS_MAX {
+            lists.pop_front();
+        }
+        lists.push_back(list);
+    }
+
+    pub fn take_lists(&self) -> VecDeque<Listed> {
+        std::mem::take(&mut self.shared().lists)
     }
 
     pub fn take_opened(&self) -> Vec<Opened> {

@@ -1,6 +1,6 @@
 //! One address space over time: which code was at an address when a stack was taken there.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, ops::RangeInclusive};
 
 use crate::{
     process::maps::{Backing, FileId, Maps},
@@ -8,9 +8,9 @@ use crate::{
 };
 use leakbpf_common::abi::{FramePlace, FrameWord, Outcome};
 
-/// Address lists kept of one process. Each `dlopen` and `dlclose` makes one; a stack may have been
-/// taken several of them ago.
-const KEPT: usize = 32;
+/// Address lists kept of one process. Each `dlopen` and `dlclose` makes two to four; a stack may have
+/// been taken several of them ago.
+const KEPT: usize = 64;
 
 /// What an address belongs to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,6 +26,34 @@ pub enum Place {
     Anonymous,
 }
 
+/// What a list of mappings shows at an address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum At {
+    Code(Place),
+    /// The kernel's trampolines for return probes.
+    Trampoline,
+}
+
+impl At {
+    fn is_module(&self) -> bool {
+        !matches!(self, Self::Code(Place::Anonymous) | Self::Trampoline)
+    }
+}
+
+fn at(maps: &Maps, avma: u64) -> Option<At> {
+    let mapping = maps.find(avma)?;
+    let offset = avma.checked_sub(mapping.start_avma)?;
+    let place = match &mapping.backing {
+        Backing::File { id, .. } => {
+            Place::File { id: *id, file_offset: mapping.file_offset.checked_add(offset)? }
+        }
+        Backing::Special(name) if name == "[vdso]" => Place::Vdso { offset },
+        Backing::Special(name) if name == "[uprobes]" => return Some(At::Trampoline),
+        Backing::Special(_) | Backing::Anonymous => Place::Anonymous,
+    };
+    mapping.permissions.execute.then_some(At::Code(place))
+}
+
 /// A stack whose frames have been checked against the address space.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PlacedStack {
@@ -38,26 +66,47 @@ pub struct PlacedStack {
 #[derive(Debug, Clone, Default)]
 pub struct Space {
     /// Rising by epoch.
-    lists: VecDeque<(u32, Maps)>,
+    lists: VecDeque<List>,
+}
+
+/// Mappings that were read between two library epochs.
+#[derive(Debug, Clone)]
+struct List {
+    first: u32,
+    last: u32,
+    maps: Maps,
+}
+
+impl List {
+    /// Whether it shows what was at an address when code ran there. The loader tells of a change
+    /// before and after it: for another library to take a library's place, it tells four times
+    /// from the one's code to the other's, and three times until the other is mapped.
+    fn is_of(&self, library_epoch: u32) -> bool {
+        self.last.saturating_sub(library_epoch) < 3 && library_epoch.saturating_sub(self.first) < 4
+    }
 }
 
 impl Space {
     pub fn new(library_epoch: u32, maps: Maps) -> Self {
         let mut space = Self::default();
-        space.learn(library_epoch, maps);
+        space.learn(library_epoch..=library_epoch, maps);
         space
     }
 
-    /// Adds a list that was read while `library_epoch` was the current one.
-    pub fn learn(&mut self, library_epoch: u32, maps: Maps) {
+    /// Adds a list, with the library epochs before and after it was read.
+    pub fn learn(&mut self, epochs: RangeInclusive<u32>, maps: Maps) {
         if maps.is_empty() {
             return;
         }
+        let (first, last) = epochs.into_inner();
         // A list is read some time after the change that it is to show: two of one epoch can
         // differ, and both were true.
-        match self.lists.back_mut() {
-            Some((epoch, known)) if *known == maps => *epoch = library_epoch.max(*epoch),
-            _ => self.lists.push_back((library_epoch, maps)),
+        let after = self.lists.partition_point(|list| list.first <= first);
+        let list = List { first, last, maps };
+        let same =
+            |other: &List| (other.first, other.last, &other.maps) == (first, last, &list.maps);
+        if !after.checked_sub(1).and_then(|before| self.lists.get(before)).is_some_and(same) {
+            self.lists.insert(after, list);
         }
         if self.lists.len() > KEPT {
             self.lists.pop_front();
@@ -65,12 +114,12 @@ impl Space {
     }
 
     pub fn epoch(&self) -> Option<u32> {
-        self.lists.back().map(|(epoch, _)| *epoch)
+        self.lists.back().map(|list| list.first)
     }
 
     /// The newest list.
     pub fn maps(&self) -> Option<&Maps> {
-        self.lists.back().map(|(_, maps)| maps)
+        self.lists.back().map(|list| &list.maps)
     }
 
     /// Whether a list of this epoch or a later one is known and knows every frame.
@@ -86,7 +135,7 @@ impl Space {
 
     /// Where a byte of a file lay: `None` stands for the vDSO.
     pub fn avma(&self, library_epoch: u32, file: Option<FileId>, offset: u64) -> Option<u64> {
-        self.in_order(library_epoch).flat_map(Maps::iter).find_map(|mapping| {
+        self.in_order(library_epoch).flat_map(|list| list.maps.iter()).find_map(|mapping| {
             let begin = match &mapping.backing {
                 Backing::File { id, .. } if Some(*id) == file => mapping.file_offset,
                 Backing::Special(name) if file.is_none() && name == "[vdso]" => 0,
@@ -99,29 +148,27 @@ impl Space {
 
     /// First the list of a stack's own time, then later ones, then earlier ones: a list can be read
     /// only after the change that it shows.
-    fn in_order(&self, library_epoch: u32) -> impl Iterator<Item = &Maps> {
-        let later = self.lists.iter().filter(move |(epoch, _)| *epoch >= library_epoch);
-        let earlier = self.lists.iter().rev().filter(move |(epoch, _)| *epoch < library_epoch);
-        later.chain(earlier).map(|(_, maps)| maps)
+    fn in_order(&self, library_epoch: u32) -> impl Iterator<Item = &List> {
+        let later = self.lists.iter().filter(move |list| list.first >= library_epoch);
+        let earlier = self.lists.iter().rev().filter(move |list| list.first < library_epoch);
+        later.chain(earlier)
     }
 
-    /// What is at an address, and whether a return probe has put it there.
-    fn place(&self, library_epoch: u32, avma: u64) -> Option<(Place, bool)> {
-        self.in_order(library_epoch).find_map(|maps| {
-            let mapping = maps.find(avma)?;
-            let offset = avma.checked_sub(mapping.start_avma)?;
-            let place = match &mapping.backing {
-                Backing::File { id, .. } => {
-                    Place::File { id: *id, file_offset: mapping.file_offset.checked_add(offset)? }
-                }
-                Backing::Special(name) if name == "[vdso]" => Place::Vdso { offset },
-                Backing::Special(name) if name == "[uprobes]" => {
-                    return Some((Place::Anonymous, true));
-                }
-                Backing::Special(_) | Backing::Anonymous => Place::Anonymous,
-            };
-            mapping.permissions.execute.then_some((place, false))
-        })
+    /// What was at an address when a stack was taken. `None` when nothing was, and when it may have
+    /// been another library than the ones that are known to have been there.
+    fn place(&self, library_epoch: u32, avma: u64) -> Option<At> {
+        let mut lists = self.in_order(library_epoch).filter(|list| list.is_of(library_epoch));
+        if let Some(at) = lists.find_map(|list| at(&list.maps, avma)) {
+            return Some(at);
+        }
+        let (later, earlier): (Vec<_>, Vec<_>) =
+            self.in_order(library_epoch).partition(|list| list.first >= library_epoch);
+        let find = |lists: &[&List]| lists.iter().find_map(|list| at(&list.maps, avma));
+        match (find(&earlier), find(&later)) {
+            (Some(before), Some(after)) => (before == after).then_some(before),
+            (Some(at), None) | (None, Some(at)) => (!at.is_module()).then_some(at),
+            (None, None) => None,
+        }
     }
 
     /// Gives each frame its place. A frame that points to no code ends the stack: a frame pointer
@@ -142,10 +189,10 @@ impl Space {
                 }
             };
             match self.place(library_epoch, avma) {
-                Some((_, true)) => {
+                Some(At::Trampoline) => {
                     return PlacedStack { frames: placed, outcome: StackOutcome::Trampoline };
                 }
-                Some((place, false)) => placed.push((Some(avma), place)),
+                Some(At::Code(place)) => placed.push((Some(avma), place)),
                 None if depth == 0 => placed.push((Some(avma), Place::Anonymous)),
                 None => {
                     return PlacedStack { frames: placed, outcome: StackOutcome::BadAddress };
@@ -183,7 +230,7 @@ mod tests {
 
     fn space() -> Space {
         let mut space = Space::new(1, Maps::parse(BEFORE).expect("valid"));
-        space.learn(2, Maps::parse(AFTER).expect("valid"));
+        space.learn(2..=2, Maps::parse(AFTER).expect("valid"));
         space
     }
 
@@ -256,5 +303,19 @@ mod tests {
         let stack = space().place_stack(1, Outcome::NoFramePointer, &words([0x9999]));
         assert_eq!(stack.frames, [(Some(0x9999), Place::Anonymous)]);
         assert_eq!(stack.outcome, StackOutcome::NoFramePointer);
+    }
+
+    #[test]
+    fn a_library_that_may_have_taken_anothers_place_is_not_named() {
+        let mut space = Space::new(0, Maps::parse(BEFORE).expect("valid"));
+        space.learn(8..=8, Maps::parse(AFTER).expect("valid"));
+        // The program is in both lists, the library's place is another's in the second one.
+        let stack = space.place_stack(4, Outcome::Complete, &words([0x1010, 0x5010]));
+        assert_eq!((stack.frames.len(), stack.outcome), (1, StackOutcome::BadAddress));
+        let near = |epoch| space.place_stack(epoch, Outcome::Complete, &words([0x1010, 0x5010]));
+        assert_eq!((inode(&near(3), 1), inode(&near(6), 1)), (12, 13));
+        space.learn(4..=5, Maps::parse(BEFORE).expect("valid"));
+        let stack = space.place_stack(4, Outcome::Complete, &words([0x1010, 0x5010]));
+        assert_eq!(inode(&stack, 1), 12);
     }
 }

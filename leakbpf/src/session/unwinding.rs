@@ -21,7 +21,7 @@ use leakbpf_common::{
     table::{AddressSpace, ExecutableMapping, MAPPINGS_MAX, TABLES_MAX, no_table},
 };
 
-use super::numbers::{Base, Numbered, Numbers, Opened, Origin, Stamp};
+use super::numbers::{Base, Listed, Numbered, Numbers, Opened, Origin, Stamp};
 use crate::{
     elf::image::{Image, Segment, Source},
     probe::{
@@ -45,6 +45,16 @@ const RUN_TIME_CODE_REACH_BYTES: u64 = 512 << 20;
 /// When tables take longer, those that are ready are made known before the rest: a library's
 /// constructors run soon after it is mapped, while the next library's table is compiled.
 const TOLD_EVERY: Duration = Duration::from_millis(2);
+
+/// A table for so much code takes 10 ms and more.
+const LARGE_BYTES: u64 = 4 << 20;
+
+/// The loader tells that it begins, and then that it is done. What it maps first may be large, and
+/// what comes with it must not wait for it.
+const SETTLED_AFTER: Duration = Duration::from_millis(2);
+
+/// How often a process's mappings are read again because libraries came meanwhile.
+const TURNS: usize = 8;
 
 /// A table that the kernel side has.
 #[derive(Debug)]
@@ -154,12 +164,18 @@ impl Unwinding {
     pub fn refresh(&self, owner: Owner) {
         let mut known = self.known();
         let pid = Pid(owner.tgid());
-        // First: code that goes after it was read belongs to a later time.
-        let Some(library_epoch) = self.current_epoch(owner) else { return };
-        let Ok(maps) = Maps::of(pid) else { return };
-        if self.current_epoch(owner).is_some() {
-            known.refresh(&self.kernel, owner, pid, &maps, library_epoch);
+        for turn in 1..=TURNS {
+            // First: code that goes after it was read belongs to a later time.
+            let Some(first) = self.current_epoch(owner) else { break };
+            let Ok(maps) = Maps::of(pid) else { break };
+            let Some(last) = self.current_epoch(owner) else { break };
+            self.numbers.tell(Listed { owner, epochs: first..=last, maps: maps.clone() });
+            let outdated = || turn < TURNS && self.current_epoch(owner) != Some(first);
+            if known.refresh(&self.kernel, owner, pid, &maps, first, outdated) {
+                break;
+            }
         }
+        known.release_unused(&self.kernel);
     }
 
     /// A process has ended, or begun another life. The kernel side's map of processes says so
@@ -270,7 +286,8 @@ impl Serials {
 
 impl Known {
     /// Tells the kernel side what code a process has: loads the tables of files that are new,
-    /// replaces the list of its mappings, and drops the tables that nobody uses any more.
+    /// replaces the list of its mappings, and drops the tables that nobody uses any more. Returns
+    /// whether it did: not when the mappings are outdated meanwhile.
     fn refresh(
         &mut self,
         kernel: &UnwindMaps,
@@ -278,20 +295,30 @@ impl Known {
         pid: Pid,
         maps: &Maps,
         library_epoch: u32,
-    ) {
+        outdated: impl Fn() -> bool,
+    ) -> bool {
         if maps.is_empty() {
-            return;
+            return true;
         }
-        let mut told = Instant::now();
+        let began = Instant::now();
+        let mut told: Option<Instant> = None;
         for (origin, mapping) in self.lacking(maps) {
-            if told.elapsed() >= TOLD_EVERY {
+            // At once, too: what is mapped is known by its name before it has a table.
+            if told.is_none_or(|told| told.elapsed() >= TOLD_EVERY) {
                 let mappings = self.list(maps);
                 self.publish(kernel, owner, &mappings, library_epoch);
-                told = Instant::now();
+                told = Some(Instant::now());
+            }
+            if mapping.end_avma - mapping.start_avma >= LARGE_BYTES {
+                std::thread::sleep(SETTLED_AFTER.saturating_sub(began.elapsed()));
+            }
+            if outdated() {
+                return false;
             }
             self.load(kernel, origin, pid, mapping);
         }
         self.take_in(kernel, owner, pid, maps, library_epoch);
+        true
     }
 
     /// [`Self::refresh`] all at once.
@@ -311,11 +338,9 @@ impl Known {
         }
         let mappings = self.list(maps);
         let uses = code_of_modules(maps).map(|(origin, _)| origin).collect();
-        let known = self
-            .told
-            .get(&owner)
-            .is_some_and(|told| told.mappings == mappings && told.library_epoch == library_epoch);
-        if !known {
+        let before = self.told.get(&owner);
+        let same = |told: &Told| told.mappings == mappings && told.library_epoch == library_epoch;
+        if !before.is_some_and(same) {
             self.publish(kernel, owner, &mappings, library_epoch);
         }
         self.tell(kernel, owner, Told { uses, library_epoch, mappings });
@@ -414,6 +439,16 @@ impl Known {
             kernel.unload(unused, move |serial| {
                 returned.lock().unwrap_or_else(PoisonError::into_inner).push(serial);
             });
+        }
+    }
+
+    /// Drops the tables that were loaded for a process that ended meanwhile.
+    fn release_unused(&mut self, kernel: &UnwindMaps) {
+        let unused = self.tables.iter().filter(|(_, shared)| shared.users == 0);
+        let unused: HashSet<Origin> = unused.map(|(&origin, _)| origin).collect();
+        if !unused.is_empty() {
+            kernel.load(std::mem::take(&mut self.unloaded));
+            self.release(kernel, unused);
         }
     }
 

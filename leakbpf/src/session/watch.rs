@@ -4,6 +4,7 @@
 use std::{
     collections::{HashMap, HashSet},
     num::NonZeroU32,
+    ops::RangeInclusive,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -240,6 +241,9 @@ impl Watch {
             attached.probes += more.probes;
             attached.looked_at = more.looked_at;
             known = now;
+            if let Some(owner) = self.owner_of(pid) {
+                self.unwinding.refresh(owner);
+            }
         }
         Ok(attached)
     }
@@ -277,6 +281,11 @@ impl Watch {
         Ok(Attached { pid, functions, probes, looked_at })
     }
 
+    fn owner_of(&self, pid: Pid) -> Option<Owner> {
+        let state = self.kernel.processes.get(&pid.0).ok().flatten()?;
+        self.life_of(state.owner).map(|_| state.owner)
+    }
+
     pub fn note(&mut self, pid: Option<Pid>, text: String) {
         let text = match self.events.len().cmp(&(MAX_EVENTS - 1)) {
             std::cmp::Ordering::Less => text,
@@ -291,10 +300,10 @@ impl Watch {
     pub fn take(&mut self, record: Record) {
         match record {
             Record::Stack(stack) => {
-                self.modules.take_opened();
+                self.take_in_lists();
                 if let Some(id) = self.life_or_stranger(stack.head.owner) {
                     let Self { lives, modules, kernel, .. } = self;
-                    lives[id.0].learn(&stack, modules, |owner| epoch_and_maps_of(kernel, owner));
+                    lives[id.0].learn(&stack, modules, |owner| epochs_and_maps_of(kernel, owner));
                 }
             }
             Record::Mapping(record) => {
@@ -305,7 +314,10 @@ impl Watch {
             }
             Record::Fork(fork) => self.forked(&fork),
             Record::Exec(exec) => self.executed(&exec),
-            Record::Libraries(change) => self.libraries_changed(&change),
+            Record::Libraries(change) => {
+                self.take_in_lists();
+                self.libraries_changed(&change);
+            }
             Record::Seen(seen) => {
                 self.seen(seen.head.owner);
             }
@@ -316,6 +328,16 @@ impl Watch {
                 }
             }
             Record::Page(page) => self.touched(&page),
+        }
+    }
+
+    /// What the thread that reads the records has read and opened meanwhile.
+    fn take_in_lists(&mut self) {
+        self.modules.take_opened();
+        for list in self.unwinding.numbers().take_lists() {
+            if let Some(id) = self.life_of(list.owner) {
+                self.lives[id.0].refresh(list.epochs, list.maps);
+            }
         }
     }
 
@@ -483,8 +505,8 @@ impl Watch {
 
     fn libraries_changed(&mut self, change: &LibrariesRecord) {
         let Some(id) = self.life_of(change.head.owner) else { return };
-        let (library_epoch, maps) = epoch_and_maps_of(&self.kernel, change.head.owner);
-        self.lives[id.0].refresh(library_epoch, maps);
+        let (epochs, maps) = epochs_and_maps_of(&self.kernel, change.head.owner);
+        self.lives[id.0].refresh(epochs, maps);
         self.changed.insert(change.head.owner);
     }
 
@@ -527,9 +549,9 @@ impl Watch {
     fn unmapped(&mut self, unmapped: &UnmappedRecord) {
         let owner = unmapped.head.owner;
         let Some(id) = self.life_of(owner).filter(|id| !self.lives[id.0].ended()) else { return };
-        let (library_epoch, maps) = epoch_and_maps_of(&self.kernel, owner);
+        let (epochs, maps) = epochs_and_maps_of(&self.kernel, owner);
         let life = &mut self.lives[id.0];
-        life.refresh(library_epoch, maps);
+        life.refresh(epochs, maps);
         let mapping = life.space.maps().and_then(|maps| maps.find(unmapped.address));
         if mapping.is_some_and(|mapping| mapping.permissions.execute) {
             self.changed.insert(owner);
@@ -602,18 +624,21 @@ pub fn monotonic_ns() -> u64 {
 /// The mappings of a life. Empty when they can't be read, or when the process has begun another life
 /// by `execve`, which the kernel side knows before its new program runs.
 fn maps_of(kernel: &Kernel, owner: Owner) -> Maps {
-    epoch_and_maps_of(kernel, owner).1
+    epochs_and_maps_of(kernel, owner).1
 }
 
-/// With the time that they are of, at the least.
-fn epoch_and_maps_of(kernel: &Kernel, owner: Owner) -> (u32, Maps) {
+/// With the library epochs before and after they were read.
+fn epochs_and_maps_of(kernel: &Kernel, owner: Owner) -> (RangeInclusive<u32>, Maps) {
     let pid = owner.tgid();
     let state = || kernel.processes.get(&pid).ok().flatten();
-    let library_epoch = state().filter(|state| state.owner == owner).map(|it| it.library_epoch);
+    let before = state();
     let maps = Maps::of(Pid(pid)).unwrap_or_default();
-    match state() {
-        Some(state) if state.owner != owner => (0, Maps::default()),
-        _ => (library_epoch.unwrap_or(0), maps),
+    match (before, state()) {
+        (_, Some(after)) if after.owner != owner => (0..=0, Maps::default()),
+        (Some(before), Some(after)) if before.owner == owner => {
+            (before.library_epoch..=after.library_epoch, maps)
+        }
+        (_, after) => (0..=after.map_or(0, |after| after.library_epoch), maps),
     }
 }
 
