@@ -20,13 +20,16 @@ fn assert_complete(profile: &Profile, at_least: u64) {
     let complete = count(&mut profile.sites.iter().filter(|site| site.is_complete()));
     eprintln!("{complete} of {all} stacks are complete");
     assert!(all >= at_least, "only {all} allocations");
-    assert!(complete * 100 >= all * COMPLETE_PERCENT, "{complete} of {all}:{}", worst(profile));
+    assert!(
+        complete * 100 >= all * COMPLETE_PERCENT,
+        "{complete} of {all}:{}",
+        worst(profile, |it| !it.is_complete())
+    );
 }
 
 /// The broken stacks with the most allocations.
-fn worst(profile: &Profile) -> String {
-    let broken = profile.sites.iter().filter(|site| !site.is_complete() && !leads_to_jit(site));
-    let mut broken: Vec<_> = broken.collect();
+fn worst(profile: &Profile, is_broken: impl Fn(&&Site) -> bool) -> String {
+    let mut broken: Vec<_> = profile.sites.iter().filter(is_broken).collect();
     broken.sort_by_key(|site| std::cmp::Reverse(site.counters.allocated_count));
     let lines = broken.iter().take(8).map(|site| {
         let (count, outcome) = (site.counters.allocated_count, &site.stack_outcome);
@@ -140,7 +143,8 @@ fn assert_complete_up_to_jit(profile: &Profile, at_least: u64) {
     assert!(all >= at_least, "only {all} allocations");
     let mut early = 0;
     let mut truncated = 0;
-    for site in profile.sites.iter().filter(|site| !site.is_complete() && !leads_to_jit(site)) {
+    let stops_early = |site: &&Site| !site.is_complete() && !leads_to_jit(site);
+    for site in profile.sites.iter().filter(stops_early) {
         match &*site.stack_outcome {
             "truncated" => truncated += site.counters.allocated_count,
             _ => early += site.counters.allocated_count,
@@ -149,10 +153,10 @@ fn assert_complete_up_to_jit(profile: &Profile, at_least: u64) {
     eprintln!(
         "{early} of {all} stacks stop before code made at run time, {truncated} at the limit of \
          frames:{}",
-        worst(profile)
+        worst(profile, stops_early)
     );
-    assert!(early * 1000 <= all, "{early} of {all} stacks stop early:{}", worst(profile));
-    assert!(truncated * 1000 <= all, "{truncated} of {all} are too deep:{}", worst(profile));
+    assert!(early * 1000 <= all, "{early} of {all} stacks stop early");
+    assert!(truncated * 1000 <= all, "{truncated} of {all} are too deep");
 }
 
 #[test]

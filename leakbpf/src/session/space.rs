@@ -161,14 +161,12 @@ impl Space {
         if let Some(at) = lists.find_map(|list| at(&list.maps, avma)) {
             return Some(at);
         }
-        let (later, earlier): (Vec<_>, Vec<_>) =
-            self.in_order(library_epoch).partition(|list| list.first >= library_epoch);
-        let find = |lists: &[&List]| lists.iter().find_map(|list| at(&list.maps, avma));
-        match (find(&earlier), find(&later)) {
-            (Some(before), Some(after)) => (before == after).then_some(before),
-            (Some(at), None) | (None, Some(at)) => (!at.is_module()).then_some(at),
-            (None, None) => None,
-        }
+        // Lists before and after could both show what comes back again and again.
+        let seen: Vec<_> = self.lists.iter().map(|list| at(&list.maps, avma)).collect();
+        let anywhere = seen.iter().flatten().next()?;
+        let everywhere = seen.iter().all(|at| at.as_ref() == Some(anywhere));
+        let nameless = !seen.iter().flatten().any(At::is_module);
+        (everywhere || nameless).then(|| anywhere.clone())
     }
 
     /// Gives each frame its place. A frame that points to no code ends the stack: a frame pointer

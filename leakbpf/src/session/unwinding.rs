@@ -634,3 +634,66 @@ impl List {
         self.mappings
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use leakbpf_common::abi::{FramePlace, FrameWord};
+
+    use super::*;
+
+    const MAPS: &[u8] = b"\
+401000-403000 r-xp 00001000 08:01 11 /usr/bin/a\n\
+500000-502000 r-xp 00003000 08:01 12 /usr/lib/b.so\n\
+502000-503000 r-xp 00000000 00:00 0 \n\
+503000-504000 rwxp 00000000 00:00 0 \n\
+700000-701000 --xp 00000000 00:00 0 [uprobes]\n";
+
+    fn known(maps: &Maps) -> Known {
+        let mut known = Known::default();
+        let (origin, _) = code_of_modules(maps).next().expect("a program");
+        let code =
+            Segment { kind: 1, flags: 5, offset: 0x1000, address: 0x401000, file_bytes: 0x1800 };
+        let loaded = Loaded { serial: 7, bytes: 0, svma: 0x401100..0x402800, segments: vec![code] };
+        known.tables.insert(origin, Shared { loaded: Some(loaded), stamp: None, users: 1 });
+        known
+    }
+
+    fn place(list: &[ExecutableMapping], avma: u64) -> (u32, FramePlace) {
+        let mapping = list.iter().find(|it| it.contains(avma)).expect("a mapping");
+        (mapping.table, FrameWord(avma.wrapping_add(mapping.shift)).place())
+    }
+
+    #[test]
+    fn an_address_is_a_place_in_a_module_with_and_without_a_table() {
+        let maps = Maps::parse(MAPS).expect("valid");
+        let known = known(&maps);
+        let list = known.list(&maps);
+        let origins: Vec<_> = code_of_modules(&maps).map(|(origin, _)| origin).collect();
+        let number = |index: usize, base| {
+            known
+                .numbers
+                .of(Numbered { origin: origins[index], stamp: None, base })
+                .expect("a number")
+        };
+        let rows = number(0, Base::Svma(0x401100));
+        let file = number(0, Base::FileStart);
+        let other = number(1, Base::FileStart);
+        let module = |number, offset| FramePlace::Module { number, offset };
+        assert_eq!(place(&list, 0x401110), (7, module(rows, 0x10)));
+        assert_eq!(place(&list, 0x401010), (no_table::FRAME_POINTERS, module(file, 0x1010)));
+        assert_eq!(place(&list, 0x402900), (no_table::FRAME_POINTERS, module(file, 0x2900)));
+        assert_eq!(place(&list, 0x500020), (no_table::FRAME_POINTERS, module(other, 0x3020)));
+    }
+
+    #[test]
+    fn code_of_no_module_keeps_its_address_and_its_own_entry() {
+        let maps = Maps::parse(MAPS).expect("valid");
+        let list = known(&maps).list(&maps);
+        assert_eq!(
+            place(&list, 0x503010),
+            (no_table::FRAME_POINTERS, FramePlace::Address(0x503010))
+        );
+        assert_eq!(list.iter().filter(|it| it.shift == 0).count(), 2);
+        assert_eq!(list.iter().filter(|it| it.table == no_table::TRAMPOLINE).count(), 1);
+    }
+}
