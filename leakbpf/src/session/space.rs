@@ -78,11 +78,11 @@ struct List {
 }
 
 impl List {
-    /// Whether it shows what was at an address when code ran there. The loader tells of a change
-    /// before and after it: for another library to take a library's place, it tells four times
-    /// from the one's code to the other's, and three times until the other is mapped.
+    /// Whether it shows what was at an address when code ran there. From one library's code to that
+    /// of another in its place, the loader tells three times or more: before it takes the one away,
+    /// after it, and when the other is mapped. (A fourth time before the other's code runs.)
     fn is_of(&self, library_epoch: u32) -> bool {
-        self.last.saturating_sub(library_epoch) < 3 && library_epoch.saturating_sub(self.first) < 4
+        self.last.saturating_sub(library_epoch) < 2 && library_epoch.saturating_sub(self.first) < 3
     }
 }
 
@@ -311,7 +311,8 @@ mod tests {
         let stack = space.place_stack(4, Outcome::Complete, &words([0x1010, 0x5010]));
         assert_eq!((stack.frames.len(), stack.outcome), (1, StackOutcome::BadAddress));
         let near = |epoch| space.place_stack(epoch, Outcome::Complete, &words([0x1010, 0x5010]));
-        assert_eq!((inode(&near(3), 1), inode(&near(6), 1)), (12, 13));
+        assert_eq!((inode(&near(2), 1), inode(&near(7), 1)), (12, 13));
+        assert_eq!([near(3), near(6)].map(|stack| stack.frames.len()), [1, 1]);
         space.learn(4..=5, Maps::parse(BEFORE).expect("valid"));
         let stack = space.place_stack(4, Outcome::Complete, &words([0x1010, 0x5010]));
         assert_eq!(inode(&stack, 1), 12);
