@@ -394,9 +394,60 @@ pub struct RecordHead {
     pub time_ns: u64,
 }
 
-/// Set in a frame that was interrupted there: its address is that of an instruction that has not
-/// run, not one that a call returns to. No address of a program has this bit.
-pub const INTERRUPTED: u64 = 1 << 63;
+/// A frame of a stack: an address, or a module and the offset in it, in one word.
+///
+/// A module and offset hold whatever happens to the process's mappings until the agent reads them;
+/// an address has to be looked up in the mappings of its time.
+#[repr(transparent)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct FrameWord(pub u64);
+
+/// What a [`FrameWord`] points to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum FramePlace {
+    Address(u64),
+    /// The number is one that the agent gave, in the list of the process's mappings.
+    Module {
+        number: u32,
+        offset: u32,
+    },
+}
+
+impl FrameWord {
+    /// Set in a frame that was interrupted there: its address is that of an instruction that has
+    /// not run, not one that a call returns to.
+    pub const INTERRUPTED: u64 = 1 << 63;
+    /// Set where the lower half is an offset in a module, and the upper one its number.
+    pub const IN_MODULE: u64 = 1 << 62;
+    /// Where an address is in its word. No address of a program has more bits.
+    pub const ADDRESS: u64 = Self::IN_MODULE - 1;
+
+    /// Numbers are below this, and not 0.
+    pub const MODULES_MAX: u32 = 1 << 30;
+
+    pub const fn of(place: FramePlace) -> Self {
+        Self(match place {
+            FramePlace::Address(avma) => avma & Self::ADDRESS,
+            FramePlace::Module { number, offset } => {
+                Self::IN_MODULE | (number as u64) << 32 | offset as u64
+            }
+        })
+    }
+
+    pub const fn is_interrupted(self) -> bool {
+        self.0 & Self::INTERRUPTED != 0
+    }
+
+    pub const fn place(self) -> FramePlace {
+        if self.0 & Self::IN_MODULE == 0 {
+            return FramePlace::Address(self.0 & Self::ADDRESS);
+        }
+        FramePlace::Module {
+            number: (self.0 >> 32) as u32 & (Self::MODULES_MAX - 1),
+            offset: self.0 as u32,
+        }
+    }
+}
 
 /// A stack, when its site is new. Only the first `frame_count` frames are sent.
 #[repr(C)]
@@ -408,8 +459,8 @@ pub struct StackRecord {
     /// [`Outcome`].
     pub outcome: u32,
     pub frame_count: u64,
-    /// Addresses, innermost first; [`INTERRUPTED`] may be set.
-    pub frames: [u64; MAX_FRAMES],
+    /// Innermost first.
+    pub frames: [FrameWord; MAX_FRAMES],
 }
 
 /// What happened to a range of addresses.
@@ -538,5 +589,21 @@ mod tests {
         };
         assert_eq!(Cookie::unpack(cookie.pack()), Some(cookie));
         assert_eq!(Cookie::unpack(0), None);
+    }
+
+    #[test]
+    fn a_frame_survives_packing() {
+        let number = FrameWord::MODULES_MAX - 1;
+        let places = [
+            FramePlace::Address(0x7fff_ffff_f000),
+            FramePlace::Module { number: 1, offset: 0 },
+            FramePlace::Module { number, offset: u32::MAX },
+        ];
+        for place in places {
+            let word = FrameWord::of(place);
+            assert_eq!((word.place(), word.is_interrupted()), (place, false));
+            let word = FrameWord(word.0 | FrameWord::INTERRUPTED);
+            assert_eq!((word.place(), word.is_interrupted()), (place, true));
+        }
     }
 }

@@ -8,7 +8,7 @@
 //! two blocks: one look-up in the array reaches all of them.
 
 use crate::{
-    abi::Owner,
+    abi::{FramePlace, FrameWord, Owner},
     unwind::{PAGE_SHIFT, Rule},
 };
 
@@ -125,12 +125,23 @@ pub struct ExecutableMapping {
     pub length_bytes: u32,
     /// Serial number of the module's table, not 0, or one of [`no_table`].
     pub table: u32,
-    /// From the table's base address to this mapping's start.
-    pub offset_bytes: u32,
-    pub pad: u32,
+    /// Added to an address, makes it the [`FrameWord`] of its place in a module, whose lower half
+    /// counts from the table's base address where there is a table. 0 for code of no module.
+    pub shift: u64,
 }
 
 impl ExecutableMapping {
+    /// [`Self::shift`] of a mapping whose first byte is at `offset` of the module.
+    pub const fn shift(start_avma: u64, number: u32, offset: u32) -> u64 {
+        FrameWord::of(FramePlace::Module { number, offset }).0.wrapping_sub(start_avma)
+    }
+
+    /// The offset in the module.
+    #[inline(always)]
+    pub const fn offset(&self, avma: u64) -> u32 {
+        avma.wrapping_add(self.shift) as u32
+    }
+
     #[inline(always)]
     pub const fn contains(&self, avma: u64) -> bool {
         avma.wrapping_sub(self.start_avma) < self.length_bytes as u64
@@ -144,7 +155,10 @@ pub struct AddressSpace {
     pub owner: Owner,
     /// How many of the mappings are filled.
     pub count: u32,
-    pub pad: u32,
+    /// They were read when libraries had come and gone so many times
+    /// ([`ProcessState::library_epoch`](crate::abi::ProcessState)). At any other time, code may be
+    /// another module's than the list says.
+    pub library_epoch: u32,
     /// By rising address.
     pub mappings: [ExecutableMapping; MAPPINGS_MAX],
 }
@@ -155,7 +169,7 @@ const _: () = assert!(size_of::<AddressSpace>() == 16 + 24 * MAPPINGS_MAX);
 impl Default for AddressSpace {
     fn default() -> Self {
         let mappings = [ExecutableMapping::default(); MAPPINGS_MAX];
-        Self { owner: Owner::default(), count: 0, pad: 0, mappings }
+        Self { owner: Owner::default(), count: 0, library_epoch: 0, mappings }
     }
 }
 
@@ -181,5 +195,25 @@ impl AddressSpace {
         }
         let found = base & MASK;
         self.mappings[found as usize].contains(avma).then_some(found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mapping_turns_an_address_into_a_place_in_its_module() {
+        let start_avma = 0x7f12_3456_7000;
+        let mapping = ExecutableMapping {
+            start_avma,
+            length_bytes: 0x2000,
+            table: 5,
+            shift: ExecutableMapping::shift(start_avma, 77, 0x1000),
+        };
+        let avma = start_avma + 0x1234;
+        assert_eq!(mapping.offset(avma), 0x2234);
+        let word = FrameWord(avma.wrapping_add(mapping.shift));
+        assert_eq!(word.place(), FramePlace::Module { number: 77, offset: 0x2234 });
     }
 }

@@ -79,6 +79,11 @@ pub struct Walk {
     pub unmapped: u64,
     /// Position of the last frame's mapping.
     pub mapping: u64,
+    /// All ones when frames are places in modules: the list of mappings is one of the present time.
+    /// 0 when they are addresses.
+    pub in_modules: u64,
+    /// 0 when some frame is an address.
+    pub all_in_modules: u64,
     pub stack: StackWindow,
     pub rules: [CachedRule; CACHED_RULES],
 }

@@ -262,9 +262,6 @@ pub fn libraries_changed(_ctx: ProbeContext) -> u32 {
 
 #[inline(always)]
 fn changed() -> Option<()> {
-    if !maps::enabled() {
-        return None;
-    }
     let tgid = (pid_tgid() >> 32) as u32;
     let state = PROCESSES.get_ptr_mut(tgid)?;
     // SAFETY: a live map value; the loader holds its lock, so no other thread is here.

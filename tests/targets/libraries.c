@@ -27,6 +27,45 @@ static void plugins(int count, char **arguments) {
     }
 }
 
+static void *opened;
+static void *(*opened_allocate)(size_t);
+
+/* `open PATH ALLOCATE`; where another library was open before, its function was at the same
+ * address. */
+static void open_library(int count, char **arguments) {
+    require(count == 3);
+    opened = dlopen(arguments[1], RTLD_NOW | RTLD_LOCAL);
+    require(opened != NULL);
+    void *(*before)(size_t) = opened_allocate;
+    opened_allocate = (void *(*)(size_t))find(opened, arguments[2]);
+    require(before == NULL || before == opened_allocate);
+}
+
+/* `allocate BYTES` */
+static void allocate(int count, char **arguments) {
+    require(count == 2);
+    size_t bytes = (size_t)atol(arguments[1]);
+    t_new(bytes, opened_allocate(bytes));
+}
+
+static void close_library(int count, char **arguments) {
+    (void)count, (void)arguments;
+    require(dlclose(opened) == 0);
+}
+
+/* `swap PATH ALLOCATE OTHER OTHER_ALLOCATE COUNT`: one after the other, without a pause. */
+static void swap(int count, char **arguments) {
+    require(count == 6);
+    for (size_t i = 0; i < (size_t)atol(arguments[5]); i++) {
+        for (size_t other = 0; other < 2; other++) {
+            open_library(3, arguments + 2 * other);
+            size_t bytes = (other ? 20000 : 10000) + i;
+            t_new(bytes, opened_allocate(bytes));
+            close_library(1, arguments);
+        }
+    }
+}
+
 static void *(*late_malloc)(size_t), *(*late_calloc)(size_t, size_t), *(*late_realloc)(void *, size_t);
 static void (*late_free)(void *);
 static void *late_kept[64];
@@ -57,6 +96,8 @@ static void use(int count, char **arguments) {
 
 int main(void) {
     static const struct scenario scenarios[] = {
-        {"plugins", plugins}, {"load", load}, {"use", use}, {NULL, NULL}};
+        {"plugins", plugins}, {"open", open_library},   {"allocate", allocate},
+        {"swap", swap},       {"close", close_library}, {"load", load},
+        {"use", use},         {NULL, NULL}};
     return converse(scenarios);
 }

@@ -20,12 +20,16 @@ fn assert_complete(profile: &Profile, at_least: u64) {
     let complete = count(&mut profile.sites.iter().filter(|site| site.is_complete()));
     eprintln!("{complete} of {all} stacks are complete");
     assert!(all >= at_least, "only {all} allocations");
-    assert!(complete * 100 >= all * COMPLETE_PERCENT, "{complete} of {all}:{}", worst(profile));
+    assert!(
+        complete * 100 >= all * COMPLETE_PERCENT,
+        "{complete} of {all}:{}",
+        worst(profile, |it| !it.is_complete())
+    );
 }
 
 /// The broken stacks with the most allocations.
-fn worst(profile: &Profile) -> String {
-    let mut broken: Vec<_> = profile.sites.iter().filter(|site| !site.is_complete()).collect();
+fn worst(profile: &Profile, is_broken: impl Fn(&&Site) -> bool) -> String {
+    let mut broken: Vec<_> = profile.sites.iter().filter(is_broken).collect();
     broken.sort_by_key(|site| std::cmp::Reverse(site.counters.allocated_count));
     let lines = broken.iter().take(8).map(|site| {
         let (count, outcome) = (site.counters.allocated_count, &site.stack_outcome);
@@ -124,19 +128,35 @@ fn sqlite_at_work() {
     assert_complete(&record(&[&sqlite, "-batch", "-init", init, ":memory:", ""]), 2000);
 }
 
-/// A stack may stop at code made at run time, not before; such code has names from a perf map.
+/// Whether a stack was walked as far as code that a run-time system's compiler made: at run time,
+/// or when the program was built (V8's `Builtins_`, in node's own file). Such code has no rows, and
+/// keeps other things than return addresses where a frame pointer would lead to them.
+fn leads_to_jit(site: &Site) -> bool {
+    site.frames.iter().any(|frame| frame.module.is_none()) || site.has_function("Builtins_")
+}
+
+/// A stack may stop at code made at run time, not before. Deeper ones than the frame limit say so,
+/// and a library's constructors may run before its table is there: one stack in a thousand, on a
+/// machine that other tests keep busy.
 fn assert_complete_up_to_jit(profile: &Profile, at_least: u64) {
     let all: u64 = profile.sites.iter().map(|site| site.counters.allocated_count).sum();
     assert!(all >= at_least, "only {all} allocations");
     let mut early = 0;
-    for site in profile.sites.iter().filter(|site| !site.is_complete()) {
-        let in_jit = site.frames.last().is_some_and(|frame| frame.module.is_none());
-        if !in_jit {
-            early += site.counters.allocated_count;
+    let mut truncated = 0;
+    let stops_early = |site: &&Site| !site.is_complete() && !leads_to_jit(site);
+    for site in profile.sites.iter().filter(stops_early) {
+        match &*site.stack_outcome {
+            "truncated" => truncated += site.counters.allocated_count,
+            _ => early += site.counters.allocated_count,
         }
     }
-    eprintln!("{early} of {all} stacks stop before code made at run time");
-    assert!(early * 100 <= all, "{early} of {all} stacks stop early:{}", worst(profile));
+    eprintln!(
+        "{early} of {all} stacks stop before code made at run time, {truncated} at the limit of \
+         frames:{}",
+        worst(profile, stops_early)
+    );
+    assert!(early * 1000 <= all, "{early} of {all} stacks stop early");
+    assert!(truncated * 1000 <= all, "{truncated} of {all} are too deep");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 use aya_ebpf::helpers::bpf_probe_read_user;
 use leakbpf_common::{
-    abi::{MAX_FRAMES, Outcome},
+    abi::{FrameWord, MAX_FRAMES, Outcome},
     unwind::{FRAME_POINTER_REACH_BYTES, Registers},
 };
 
@@ -15,8 +15,9 @@ use crate::maps::Scratch;
 pub fn walk(registers: &Registers, hash: u64, scratch: &mut Scratch) {
     let record = &mut scratch.record;
     let mut outcome = Outcome::Truncated;
-    record.frames[0] = registers.ip;
-    let mut hash = mix(hash, registers.ip);
+    let word = registers.ip & FrameWord::ADDRESS;
+    record.frames[0] = FrameWord(word);
+    let mut hash = mix(hash, word);
     let mut count = 1;
     let mut frame_pointer = registers.bp;
     let mut lowest = registers.sp;
@@ -43,14 +44,16 @@ pub fn walk(registers: &Registers, hash: u64, scratch: &mut Scratch) {
             outcome = Outcome::Complete;
             break;
         }
-        record.frames[count] = pair[1];
-        hash = mix(hash, pair[1]);
+        let word = pair[1] & FrameWord::ADDRESS;
+        record.frames[count] = FrameWord(word);
+        hash = mix(hash, word);
         count += 1;
         lowest = frame_pointer + 16;
         frame_pointer = pair[0];
     }
     let walk = &mut scratch.walk;
     walk.hash = hash;
+    walk.all_in_modules = 0;
     walk.count = count as u64;
     walk.outcome = outcome as u64;
 }

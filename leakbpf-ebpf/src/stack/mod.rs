@@ -8,8 +8,8 @@ use aya_ebpf::{
 };
 use leakbpf_common::{
     abi::{
-        Loss, MAX_FRAMES, Outcome, Owner, RecordHead, RecordKind, SiteCounters, SiteKey, StackId,
-        StackWalk,
+        FrameWord, Loss, MAX_FRAMES, Outcome, Owner, RecordHead, RecordKind, SiteCounters, SiteKey,
+        StackId, StackWalk,
     },
     table::AddressSpace,
     unwind::Registers,
@@ -89,20 +89,35 @@ fn walk(
     registers: &Registers,
     scratch: &mut Scratch,
 ) -> Captured {
-    let hash = mix(owner.0, u64::from(library_epoch));
+    let hash = mix(owner.0, 0);
     match address_space(owner) {
         Some(space) => {
-            rows::walk(space, registers, hash, scratch);
-            if scratch.walk.unmapped != 0 {
-                processes::ask_for_mappings(scratch.walk.unmapped);
+            rows::walk(space, library_epoch, registers, hash, scratch);
+            let walk = &mut scratch.walk;
+            if walk.unmapped != 0 || walk.in_modules == 0 {
+                processes::ask_for_mappings(walk.unmapped);
             }
-            // The agent may have replaced the list meanwhile and another process got its memory.
-            // SAFETY: the field of a map value.
-            if unsafe { core::ptr::read_volatile(&raw const space.owner) } != owner {
-                scratch.walk.outcome = Outcome::BadAddress as u64;
+            // The agent may have replaced the list meanwhile, and a later one or another process's
+            // got its memory: nothing is sure but where the walk began.
+            // SAFETY: fields of a map value.
+            let (now_owner, now_epoch) = unsafe {
+                let owner = core::ptr::read_volatile(&raw const space.owner);
+                (owner, core::ptr::read_volatile(&raw const space.library_epoch))
+            };
+            if now_owner != owner || walk.in_modules != 0 && now_epoch != library_epoch {
+                let word = registers.ip & FrameWord::ADDRESS;
+                scratch.record.frames[0] = FrameWord(word);
+                walk.count = 1;
+                walk.all_in_modules = 0;
+                walk.hash = mix(hash, word);
+                walk.outcome = Outcome::BadAddress as u64;
             }
         }
         None => frame_pointers::walk(registers, hash, scratch),
+    }
+    if scratch.walk.all_in_modules == 0 {
+        // Addresses are other code when libraries have come or gone.
+        scratch.walk.hash = mix(scratch.walk.hash, u64::from(library_epoch));
     }
     announce(owner, library_epoch, scratch)
 }

@@ -7,7 +7,7 @@ use aya_ebpf::helpers::{
     bpf_probe_read_user_buf,
 };
 use leakbpf_common::{
-    abi::{INTERRUPTED, MAX_FRAMES, Outcome, Owner, StackWalk},
+    abi::{FrameWord, MAX_FRAMES, Outcome, Owner, StackWalk},
     ledger,
     table::{self, AddressSpace, BLOCK_WORDS, PackedPage, RULE_WORDS, TABLES_MAX, no_table},
     unwind::{self, Registers, Rule, Step},
@@ -35,7 +35,13 @@ struct Context<'a> {
 /// Walks from `registers` to the thread's first frame. The frames and their number are in the
 /// record, hash and outcome in the walk's state.
 #[inline(always)]
-pub fn walk(space: &AddressSpace, registers: &Registers, hash: u64, scratch: &mut Scratch) {
+pub fn walk(
+    space: &AddressSpace,
+    library_epoch: u32,
+    registers: &Registers,
+    hash: u64,
+    scratch: &mut Scratch,
+) {
     let walk = &mut scratch.walk;
     walk.registers = *registers;
     walk.hash = hash;
@@ -47,6 +53,10 @@ pub fn walk(space: &AddressSpace, registers: &Registers, hash: u64, scratch: &mu
         core::ptr::write_volatile(&raw mut walk.unmapped, 0);
         core::ptr::write_volatile(&raw mut walk.mapping, 0);
     }
+    // SAFETY: the field of a map value, which the agent may replace.
+    let listed = unsafe { core::ptr::read_volatile(&raw const space.library_epoch) };
+    walk.in_modules = if listed == library_epoch { u64::MAX } else { 0 };
+    walk.all_in_modules = walk.in_modules;
     walk.stack.copy(registers.sp, WINDOW_BYTES);
     if settings::get(&settings::STACK_WALK) == StackWalk::Rows as u32 {
         let mut context = Context { scratch, space };
@@ -104,6 +114,7 @@ fn advance<const CACHES: bool>(scratch: &mut Scratch, space: &AddressSpace) -> O
     let walk = &mut scratch.walk;
     let address = walk.registers.lookup_ip();
     let mut rule = &Rule::FRAME_POINTER;
+    let word;
     match space.find(address, walk.mapping as u32) {
         Some(position) => {
             walk.mapping = u64::from(position);
@@ -114,9 +125,9 @@ fn advance<const CACHES: bool>(scratch: &mut Scratch, space: &AddressSpace) -> O
                 }
                 return Some(Outcome::Trampoline);
             }
+            word = walk.registers.ip.wrapping_add(mapping.shift & walk.in_modules);
             if mapping.table != no_table::FRAME_POINTERS {
-                let inside = address.wrapping_sub(mapping.start_avma) as u32;
-                let pc = mapping.offset_bytes.wrapping_add(inside);
+                let pc = mapping.offset(address);
                 let key = u64::from(mapping.table) << 32 | u64::from(pc);
                 let slot = mix(0, key) as usize & (CACHED_RULES - 1);
                 // Two places for each: frames that share one would push each other out at each walk.
@@ -136,6 +147,8 @@ fn advance<const CACHES: bool>(scratch: &mut Scratch, space: &AddressSpace) -> O
                     slot
                 };
                 rule = &walk.rules[place].rule;
+            } else if mapping.shift == 0 {
+                walk.all_in_modules = 0;
             }
         }
         None => {
@@ -144,15 +157,18 @@ fn advance<const CACHES: bool>(scratch: &mut Scratch, space: &AddressSpace) -> O
                 return None;
             }
             walk.unmapped = address;
+            walk.all_in_modules = 0;
+            word = walk.registers.ip & FrameWord::ADDRESS;
         }
     }
     let index = walk.count as usize;
     if index < MAX_FRAMES {
-        let interrupted = (walk.registers.after_call ^ 1) << INTERRUPTED.trailing_zeros();
-        scratch.record.frames[index] = walk.registers.ip | interrupted;
+        let interrupted =
+            (walk.registers.after_call ^ 1) << FrameWord::INTERRUPTED.trailing_zeros();
+        scratch.record.frames[index] = FrameWord(word | interrupted);
     }
     walk.count += 1;
-    walk.hash = mix(walk.hash, walk.registers.ip);
+    walk.hash = mix(walk.hash, word);
 
     let stack = &mut walk.stack;
     let read = |address: u64| match CACHES {

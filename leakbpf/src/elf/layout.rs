@@ -76,6 +76,14 @@ impl Layout {
             svma.checked_add(inside)
         })
     }
+
+    /// Where the file holds the byte at an address that it states.
+    pub fn file_offset(&self, svma: u64) -> Option<u64> {
+        self.loads.iter().find_map(|&(offset, size, start)| {
+            let inside = svma.checked_sub(start).filter(|&inside| inside < size)?;
+            offset.checked_add(inside)
+        })
+    }
 }
 
 #[cfg(test)]
@@ -97,6 +105,8 @@ mod tests {
             .expect("a shifted segment");
         assert_eq!(of_file.svma(code.0 + 5), Some(code.2 + 5));
         assert_eq!(of_file.svma(u64::MAX), None);
+        assert_eq!(of_file.file_offset(code.2 + 5), Some(code.0 + 5));
+        assert_eq!(of_file.file_offset(u64::MAX), None);
     }
 
     #[test]

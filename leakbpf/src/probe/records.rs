@@ -1,8 +1,8 @@
 //! What comes through the ring buffer.
 
 use leakbpf_common::abi::{
-    ExecRecord, ForkRecord, INTERRUPTED, LibrariesRecord, MAX_FRAMES, MappingRecord, Outcome,
-    Owner, PageRecord, RecordHead, RecordKind, StackId, StackRecord, UnmappedRecord,
+    ExecRecord, ForkRecord, FrameWord, LibrariesRecord, MAX_FRAMES, MappingRecord, Outcome, Owner,
+    PageRecord, RecordHead, RecordKind, StackId, StackRecord, UnmappedRecord,
 };
 
 /// A stack whose site is new.
@@ -13,9 +13,7 @@ pub struct NewStack {
     pub library_epoch: u32,
     pub outcome: Outcome,
     /// Innermost first.
-    pub frames: Vec<u64>,
-    /// Bit n is set when frame n was interrupted: its address is not one that a call returns to.
-    pub interrupted: u128,
+    pub frames: Vec<FrameWord>,
 }
 
 /// One record of the ring buffer.
@@ -86,14 +84,9 @@ impl Record {
                 if count > MAX_FRAMES {
                     return None;
                 }
-                let mut interrupted = 0;
-                let mut frame = |index| {
-                    let word = words.u64()?;
-                    interrupted |= u128::from(word & INTERRUPTED != 0) << index;
-                    Some(word & !INTERRUPTED)
-                };
-                let frames = (0..count).map(&mut frame).collect::<Option<_>>()?;
-                Self::Stack(NewStack { head, stack, library_epoch, outcome, frames, interrupted })
+                let frames =
+                    (0..count).map(|_| words.u64().map(FrameWord)).collect::<Option<_>>()?;
+                Self::Stack(NewStack { head, stack, library_epoch, outcome, frames })
             }
             MAPPING => Self::Mapping(MappingRecord {
                 head,
@@ -136,11 +129,12 @@ impl Record {
     }
 }
 
-const _: () = assert!(MAX_FRAMES <= u128::BITS as usize);
 const _: () = assert!(std::mem::offset_of!(StackRecord, frames) == 48);
 
 #[cfg(test)]
 mod tests {
+    use leakbpf_common::abi::FramePlace;
+
     use super::*;
 
     fn bytes(words: &[u64]) -> Vec<u8> {
@@ -151,7 +145,7 @@ mod tests {
     fn a_stack_has_as_many_frames_as_it_says() {
         let record = bytes(&[1 | 7 << 32, 9, 100, 5, 3 | 1 << 32, 2, 0xaa, 0xbb]);
         let Some(Record::Stack(stack)) = Record::parse(&record) else { panic!("no stack") };
-        assert_eq!(stack.frames, [0xaa, 0xbb]);
+        assert_eq!(stack.frames, [FrameWord(0xaa), FrameWord(0xbb)]);
         assert_eq!((stack.library_epoch, stack.outcome), (3, Outcome::Truncated));
         assert_eq!(stack.head.tid, 7);
     }
@@ -160,8 +154,9 @@ mod tests {
     fn a_frame_below_a_signal_is_told_from_a_return_address() {
         let record = bytes(&[1 | 7 << 32, 9, 100, 5, 3 | 1 << 32, 2, 0xaa, 0xbb | 1 << 63]);
         let Some(Record::Stack(stack)) = Record::parse(&record) else { panic!("no stack") };
-        assert_eq!(stack.frames, [0xaa, 0xbb]);
-        assert_eq!(stack.interrupted, 0b10);
+        let places = stack.frames.iter().map(|frame| (frame.place(), frame.is_interrupted()));
+        let at = |avma, interrupted| (FramePlace::Address(avma), interrupted);
+        assert_eq!(places.collect::<Vec<_>>(), [at(0xaa, false), at(0xbb, true)]);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! One life of a process: from fork, exec or attach to its exit or next exec.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, ops::RangeInclusive, sync::Arc, time::Duration};
 
 use leakbpf_common::abi::{Owner, StackId};
 
@@ -107,8 +107,8 @@ impl Life {
     }
 
     /// Takes in the address space as it is now. What was known stays when it can't be read any more.
-    pub fn refresh(&mut self, library_epoch: u32, maps: Maps) {
-        self.space.learn(library_epoch.max(self.space.epoch().unwrap_or(0)), maps);
+    pub fn refresh(&mut self, epochs: RangeInclusive<u32>, maps: Maps) {
+        self.space.learn(epochs, maps);
     }
 
     /// Takes in a stack that the kernel side has announced. `read` gives the mappings of this life.
@@ -116,11 +116,12 @@ impl Life {
         &mut self,
         stack: &NewStack,
         modules: &mut Modules,
-        read: impl FnOnce(Owner) -> Maps,
+        read: impl FnOnce(Owner) -> (RangeInclusive<u32>, Maps),
     ) {
         let caller = stack.frames.get(..1).unwrap_or_default();
         if !self.ended() && !self.space.covers(stack.library_epoch, caller) {
-            self.refresh(stack.library_epoch, read(self.owner));
+            let (epochs, maps) = read(self.owner);
+            self.refresh(epochs, maps);
         }
         let placed = self.place(stack, modules);
         if self.perf_map.is_none() && placed.frames.iter().any(|frame| frame.module.is_none()) {
@@ -130,32 +131,36 @@ impl Life {
     }
 
     fn place(&self, stack: &NewStack, modules: &mut Modules) -> Stack {
-        let interrupted = stack.interrupted;
-        let stack = self.space.place_stack(stack.library_epoch, stack.outcome, &stack.frames);
-        let frames = stack
+        let (pid, maps) = (self.pid(), self.space.maps());
+        let placed = self.space.place_stack(stack.library_epoch, stack.outcome, &stack.frames);
+        let frames = placed
             .frames
             .into_iter()
-            .map(|(avma, place)| match place {
-                Place::File { id, file_offset } => {
-                    let module = modules.of_file(self.pid(), id, self.space.maps());
-                    let svma = modules.svma(module, file_offset);
-                    (avma, Some(module), svma)
-                }
-                Place::Vdso { offset } => {
-                    let module = modules.vdso();
-                    let svma = modules.svma(module, offset);
-                    (avma, Some(module), svma)
-                }
-                Place::Anonymous => (avma, None, avma),
-            })
-            .enumerate()
-            .map(|(depth, (avma, module, svma))| PlacedFrame {
-                avma,
-                module,
-                svma,
-                interrupted: interrupted >> depth & 1 != 0,
+            .zip(&stack.frames)
+            .map(|((avma, place), word)| {
+                let (module, svma) = match place {
+                    Place::File { id, file_offset } => {
+                        let module = modules.of_file(pid, id, maps);
+                        (Some(module), modules.svma(module, file_offset))
+                    }
+                    Place::Vdso { offset } => {
+                        let module = modules.vdso();
+                        (Some(module), modules.svma(module, offset))
+                    }
+                    Place::Module { number, offset } => {
+                        let (module, svma) = modules.of_number(number, offset, pid, maps);
+                        (Some(module), svma)
+                    }
+                    Place::Anonymous => (None, avma.unwrap_or(0)),
+                };
+                let lay = || {
+                    let (file, offset) = modules.in_file(module?, svma)?;
+                    self.space.avma(stack.library_epoch, file, offset)
+                };
+                let avma = avma.or_else(lay).unwrap_or(svma);
+                PlacedFrame { avma, module, svma, interrupted: word.is_interrupted() }
             })
             .collect();
-        Stack { outcome: stack.outcome, frames }
+        Stack { outcome: placed.outcome, frames }
     }
 }

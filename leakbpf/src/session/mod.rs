@@ -1,7 +1,7 @@
 //! A session: the story of `leakbpf record`.
 //!
 //! [`admission`] says who may be watched, [`watch`] knows the processes, [`placement`] their probes,
-//! [`life`] and [`space`] what code is behind a stack's addresses, [`unwinding`] what the kernel side
+//! [`life`], [`space`] and [`numbers`] what code is behind a frame, [`unwinding`] what the kernel side
 //! walks stacks with. [`loading`] sets the kernel side up, [`inbox`] reads its records, [`snapshot`]
 //! turns its books into a profile.
 
@@ -20,6 +20,7 @@ pub mod life;
 mod limits;
 mod loading;
 pub mod modules;
+mod numbers;
 mod output;
 pub mod placement;
 mod signals;

@@ -3,17 +3,19 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
+    fs::File,
     path::PathBuf,
     sync::{Arc, atomic::AtomicBool},
     time::Duration,
 };
 
+use super::numbers::{Base, Numbered, Numbers, Opened, Origin, Stamp};
 use crate::{
     elf::{image::Source, layout::Layout},
     process::{
         Pid,
         mapped_file::MappedFile,
-        maps::{Backing, FileId, Maps},
+        maps::{Backing, FileId, Mapping, Maps},
         root_directory::{RootDirectory, RootId},
     },
     profile::{self, ModuleId, Symbol},
@@ -27,6 +29,8 @@ use crate::{
 /// What frames of one file are named from.
 struct Module {
     about: profile::Module,
+    /// `None` for the vDSO.
+    file: Option<FileId>,
     layout: Layout,
     /// `None` when the file could not be opened.
     source: Option<ModuleHandle>,
@@ -35,7 +39,10 @@ struct Module {
 /// All modules of the session.
 pub struct Modules {
     modules: Vec<Module>,
+    /// The file that has the id now.
     by_file: HashMap<FileId, ModuleId>,
+    by_stamp: HashMap<(FileId, Option<Stamp>), ModuleId>,
+    numbers: Numbers,
     vdso: Option<ModuleId>,
     /// Debug files are looked for below them, perhaps after the last process is gone.
     roots: HashMap<RootId, RootDirectory>,
@@ -45,10 +52,12 @@ pub struct Modules {
 }
 
 impl Modules {
-    pub fn new() -> Self {
+    pub fn new(numbers: Numbers) -> Self {
         Self {
             modules: Vec::new(),
             by_file: HashMap::new(),
+            by_stamp: HashMap::new(),
+            numbers,
             vdso: None,
             roots: HashMap::new(),
             symbolizer: Symbolizer::new(
@@ -91,12 +100,65 @@ impl Modules {
         let mapping = maps.and_then(|maps| {
             maps.iter().find(|mapping| mapping.permissions.execute && mapping.file_id() == Some(id))
         });
+        let opened = mapping.and_then(|mapping| MappedFile::open(pid, mapping).ok());
+        let file = opened.and_then(|opened| opened.file().try_clone().ok());
+        self.add(pid, id, mapping, file)
+    }
+
+    /// The module of a number that the kernel side has sent, and the address that it states itself.
+    pub fn of_number(
+        &mut self,
+        number: u32,
+        offset: u32,
+        pid: Pid,
+        maps: Option<&Maps>,
+    ) -> (ModuleId, u64) {
+        let offset = u64::from(offset);
+        let numbered = self.numbers.get(number);
+        let module = match numbered.map(|numbered| (numbered.origin, numbered.stamp)) {
+            Some((Origin::File(id), stamp)) => match self.by_stamp.get(&(id, stamp)) {
+                Some(&known) => known,
+                None => self.of_file(pid, id, maps),
+            },
+            Some((Origin::Vdso, _)) => self.vdso(),
+            // The kernel side has no others.
+            None => self.nameless(),
+        };
+        match numbered {
+            Some(Numbered { base: Base::Svma(base), .. }) => (module, base.saturating_add(offset)),
+            _ => (module, self.svma(module, offset)),
+        }
+    }
+
+    /// The file of a module (`None` for the vDSO), and where it holds the byte at an address that
+    /// it states.
+    pub fn in_file(&self, module: ModuleId, svma: u64) -> Option<(Option<FileId>, u64)> {
+        let module = self.modules.get(module.0)?;
+        Some((module.file, module.layout.file_offset(svma)?))
+    }
+
+    /// Takes over the files that were opened for their tables.
+    pub fn take_opened(&mut self) {
+        for Opened { pid, mapping, file } in self.numbers.take_opened() {
+            let Some(id) = mapping.file_id() else { continue };
+            if !self.by_stamp.contains_key(&(id, Stamp::of(&file))) {
+                self.add(pid, id, Some(&mapping), Some(file));
+            }
+        }
+    }
+
+    fn add(
+        &mut self,
+        pid: Pid,
+        id: FileId,
+        mapping: Option<&Mapping>,
+        file: Option<File>,
+    ) -> ModuleId {
         let path = match mapping.map(|mapping| &mapping.backing) {
             Some(Backing::File { path, .. }) => path.clone(),
             _ => PathBuf::from("[unknown]"),
         };
-        let opened = mapping.and_then(|mapping| MappedFile::open(pid, mapping).ok());
-        let file = opened.and_then(|opened| opened.file().try_clone().ok());
+        let stamp = file.as_ref().and_then(Stamp::of);
         let layout = file.as_ref().and_then(|file| Layout::of_file(file).ok()).unwrap_or_default();
         let source = file.map(|file| {
             let root = root_path(&mut self.roots, pid);
@@ -112,9 +174,15 @@ impl Modules {
             mapping: mapping
                 .map(|mapping| (mapping.start_avma, mapping.end_avma, mapping.file_offset)),
         };
-        let module = self.push(Module { about, layout, source });
+        let module = self.push(Module { about, file: Some(id), layout, source });
         self.by_file.insert(id, module);
+        self.by_stamp.insert((id, stamp), module);
         module
+    }
+
+    fn nameless(&mut self) -> ModuleId {
+        let about = profile::Module { path: "[unknown]".to_owned(), build_id: None, mapping: None };
+        self.push(Module { about, file: None, layout: Layout::default(), source: None })
     }
 
     /// The kernel's page of code; the same in every process.
@@ -137,7 +205,7 @@ impl Modules {
             build_id: source.and_then(|source| self.symbolizer.build_id(source)),
             mapping: None,
         };
-        let module = self.push(Module { about, layout, source });
+        let module = self.push(Module { about, file: None, layout, source });
         self.vdso = Some(module);
         module
     }
@@ -220,11 +288,5 @@ fn root_path(roots: &mut HashMap<RootId, RootDirectory>, pid: Pid) -> PathBuf {
     match RootDirectory::open(pid) {
         Ok(root) => roots.entry(root.id().clone()).or_insert(root).path(),
         Err(_) => pid.proc_path("root"),
-    }
-}
-
-impl Default for Modules {
-    fn default() -> Self {
-        Self::new()
     }
 }

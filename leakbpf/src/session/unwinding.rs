@@ -10,8 +10,10 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    fs::File,
     ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
 use leakbpf_common::{
@@ -19,6 +21,7 @@ use leakbpf_common::{
     table::{AddressSpace, ExecutableMapping, MAPPINGS_MAX, TABLES_MAX, no_table},
 };
 
+use super::numbers::{Base, Listed, Numbered, Numbers, Opened, Origin, Stamp};
 use crate::{
     elf::image::{Image, Segment, Source},
     probe::{
@@ -29,7 +32,7 @@ use crate::{
     process::{
         Pid,
         mapped_file::MappedFile,
-        maps::{Backing, FileId, Mapping, Maps},
+        maps::{Backing, Mapping, Maps},
     },
     symbolize::vdso,
     unwind::{Packed, Table},
@@ -39,13 +42,19 @@ use crate::{
 /// listed as one mapping.
 const RUN_TIME_CODE_REACH_BYTES: u64 = 512 << 20;
 
-/// Whose table it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Origin {
-    File(FileId),
-    /// The kernel's own page of code, the same in every process.
-    Vdso,
-}
+/// When tables take longer, those that are ready are made known before the rest: a library's
+/// constructors run soon after it is mapped, while the next library's table is compiled.
+const TOLD_EVERY: Duration = Duration::from_millis(2);
+
+/// A table for so much code takes 10 ms and more.
+const LARGE_BYTES: u64 = 4 << 20;
+
+/// The loader tells that it begins, and then that it is done. What it maps first may be large, and
+/// what comes with it must not wait for it.
+const SETTLED_AFTER: Duration = Duration::from_millis(2);
+
+/// How often a process's mappings are read again because libraries came meanwhile.
+const TURNS: usize = 8;
 
 /// A table that the kernel side has.
 #[derive(Debug)]
@@ -61,6 +70,7 @@ struct Loaded {
 struct Shared {
     /// `None` for files without rows, and for those whose table did not fit.
     loaded: Option<Loaded>,
+    stamp: Option<Stamp>,
     users: usize,
 }
 
@@ -68,6 +78,7 @@ struct Shared {
 #[derive(Debug, Clone)]
 struct Told {
     uses: HashSet<Origin>,
+    library_epoch: u32,
     mappings: Vec<ExecutableMapping>,
 }
 
@@ -123,6 +134,7 @@ pub struct Unwinding {
     kernel: Arc<UnwindMaps>,
     processes: Arc<KernelTable<u32, ProcessState>>,
     known: Mutex<Known>,
+    numbers: Numbers,
 }
 
 impl Unwinding {
@@ -132,13 +144,19 @@ impl Unwinding {
         processes: Arc<KernelTable<u32, ProcessState>>,
         max_bytes: u64,
     ) -> Self {
-        let known = Known { max_bytes, ..Known::default() };
-        Self { kernel, processes, known: Mutex::new(known) }
+        let numbers = Numbers::default();
+        let known = Known { max_bytes, numbers: numbers.clone(), ..Known::default() };
+        Self { kernel, processes, known: Mutex::new(known), numbers }
+    }
+
+    /// What the modules' numbers in stacks mean.
+    pub fn numbers(&self) -> Numbers {
+        self.numbers.clone()
     }
 
     /// Takes in a process that the kernel side does not watch yet.
     pub fn begin(&self, owner: Owner, pid: Pid, maps: &Maps) {
-        self.known().refresh(&self.kernel, owner, pid, maps);
+        self.known().take_in(&self.kernel, owner, pid, maps, 0);
     }
 
     /// Reads a process's mappings and tells the kernel side, if it is a process of the session
@@ -146,10 +164,18 @@ impl Unwinding {
     pub fn refresh(&self, owner: Owner) {
         let mut known = self.known();
         let pid = Pid(owner.tgid());
-        let Ok(maps) = Maps::of(pid) else { return };
-        if self.is_current(owner) {
-            known.refresh(&self.kernel, owner, pid, &maps);
+        for turn in 1..=TURNS {
+            // First: code that goes after it was read belongs to a later time.
+            let Some(first) = self.current_epoch(owner) else { break };
+            let Ok(maps) = Maps::of(pid) else { break };
+            let Some(last) = self.current_epoch(owner) else { break };
+            self.numbers.tell(Listed { owner, epochs: first..=last, maps: maps.clone() });
+            let outdated = || turn < TURNS && self.current_epoch(owner) != Some(first);
+            if known.refresh(&self.kernel, owner, pid, &maps, first, outdated) {
+                break;
+            }
         }
+        known.release_unused(&self.kernel);
     }
 
     /// A process has ended, or begun another life. The kernel side's map of processes says so
@@ -190,7 +216,8 @@ impl Unwinding {
     /// when it began; tables that the parent lets go of must stay for the child.
     fn inherit(&self, parent: Owner, child: Owner) {
         let mut known = self.known();
-        if self.is_current(child) && !known.inherit(&self.kernel, parent, child) {
+        let Some(library_epoch) = self.current_epoch(child) else { return };
+        if !known.inherit(&self.kernel, parent, child, library_epoch) {
             drop(known);
             self.refresh(child);
         }
@@ -200,11 +227,11 @@ impl Unwinding {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whoever ends a life takes it out of the kernel side's map first and then forgets it: what is
-    /// current inside the lock will be forgotten later, if at all.
-    fn is_current(&self, owner: Owner) -> bool {
-        let state = self.processes.get(&owner.tgid());
-        matches!(state, Ok(Some(state)) if state.owner == owner)
+    /// `None` when the life is over. Whoever ends one takes it out of the kernel side's map first
+    /// and then forgets it: what is current inside the lock will be forgotten later, if at all.
+    fn current_epoch(&self, owner: Owner) -> Option<u32> {
+        let state = self.processes.get(&owner.tgid()).ok().flatten()?;
+        (state.owner == owner).then_some(state.library_epoch)
     }
 }
 
@@ -219,6 +246,7 @@ struct Known {
     /// Copied, not loaded yet.
     unloaded: Vec<UnloadedTable>,
     losses: Losses,
+    numbers: Numbers,
 }
 
 /// Serial numbers of tables; see [`TABLES_MAX`].
@@ -258,52 +286,120 @@ impl Serials {
 
 impl Known {
     /// Tells the kernel side what code a process has: loads the tables of files that are new,
-    /// replaces the list of its mappings, and drops the tables that nobody uses any more.
-    fn refresh(&mut self, kernel: &UnwindMaps, owner: Owner, pid: Pid, maps: &Maps) {
+    /// replaces the list of its mappings, and drops the tables that nobody uses any more. Returns
+    /// whether it did: not when the mappings are outdated meanwhile.
+    fn refresh(
+        &mut self,
+        kernel: &UnwindMaps,
+        owner: Owner,
+        pid: Pid,
+        maps: &Maps,
+        library_epoch: u32,
+        outdated: impl Fn() -> bool,
+    ) -> bool {
+        if maps.is_empty() {
+            return true;
+        }
+        let began = Instant::now();
+        let mut told: Option<Instant> = None;
+        for (origin, mapping) in self.lacking(maps) {
+            // At once, too: what is mapped is known by its name before it has a table.
+            if told.is_none_or(|told| told.elapsed() >= TOLD_EVERY) {
+                let mappings = self.list(maps);
+                self.publish(kernel, owner, &mappings, library_epoch);
+                told = Some(Instant::now());
+            }
+            if mapping.end_avma - mapping.start_avma >= LARGE_BYTES {
+                std::thread::sleep(SETTLED_AFTER.saturating_sub(began.elapsed()));
+            }
+            if outdated() {
+                return false;
+            }
+            self.load(kernel, origin, pid, mapping);
+        }
+        self.take_in(kernel, owner, pid, maps, library_epoch);
+        true
+    }
+
+    /// [`Self::refresh`] all at once.
+    fn take_in(
+        &mut self,
+        kernel: &UnwindMaps,
+        owner: Owner,
+        pid: Pid,
+        maps: &Maps,
+        library_epoch: u32,
+    ) {
         if maps.is_empty() {
             return;
         }
-        let mut list = List::default();
-        let mut used = HashSet::new();
-        for mapping in maps.iter().filter(|mapping| mapping.permissions.execute) {
-            let origin = match &mapping.backing {
-                Backing::File { id, .. } => Origin::File(*id),
-                Backing::Special(name) if name == "[vdso]" => Origin::Vdso,
-                Backing::Special(name) if name == "[uprobes]" => {
-                    list.push(mapping.start_avma..mapping.end_avma, no_table::TRAMPOLINE, 0);
-                    continue;
-                }
-                Backing::Special(_) | Backing::Anonymous => {
-                    list.run_time_code(mapping.start_avma..mapping.end_avma);
-                    continue;
-                }
-            };
+        for (origin, mapping) in self.lacking(maps) {
             self.load(kernel, origin, pid, mapping);
-            used.insert(origin);
-            let table = self.tables.get(&origin).and_then(|shared| shared.loaded.as_ref());
-            list.module(mapping, origin, table);
         }
-        let mappings = list.chosen();
-        // First, or a walk would meet a table that is not there yet.
-        kernel.load(std::mem::take(&mut self.unloaded));
-        let known = self.told.get(&owner).is_some_and(|told| told.mappings == mappings);
-        if !known {
-            self.set_space(kernel, owner, &mappings);
+        let mappings = self.list(maps);
+        let uses = code_of_modules(maps).map(|(origin, _)| origin).collect();
+        let before = self.told.get(&owner);
+        let same = |told: &Told| told.mappings == mappings && told.library_epoch == library_epoch;
+        if !before.is_some_and(same) {
+            self.publish(kernel, owner, &mappings, library_epoch);
         }
-        self.tell(kernel, owner, Told { uses: used, mappings });
+        self.tell(kernel, owner, Told { uses, library_epoch, mappings });
     }
 
-    /// Whether the parent is known.
-    fn inherit(&mut self, kernel: &UnwindMaps, parent: Owner, child: Owner) -> bool {
+    /// Files whose tables were not looked for yet: small ones, which are ready soon, first.
+    fn lacking<'a>(&self, maps: &'a Maps) -> Vec<(Origin, &'a Mapping)> {
+        let mut lacking: Vec<_> =
+            code_of_modules(maps).filter(|(origin, _)| !self.tables.contains_key(origin)).collect();
+        lacking.sort_by_key(|(_, mapping)| mapping.end_avma - mapping.start_avma);
+        lacking
+    }
+
+    /// The list of a process's mappings, as far as tables are there.
+    fn list(&self, maps: &Maps) -> Vec<ExecutableMapping> {
+        let mut list = List::default();
+        for mapping in maps.iter().filter(|mapping| mapping.permissions.execute) {
+            let avma = mapping.start_avma..mapping.end_avma;
+            if let Some(origin) = origin_of(mapping) {
+                list.module(mapping, origin, self.tables.get(&origin), &self.numbers);
+            } else if matches!(&mapping.backing, Backing::Special(name) if name == "[uprobes]") {
+                list.push(avma, no_table::TRAMPOLINE, 0);
+            } else {
+                list.run_time_code(avma);
+            }
+        }
+        list.chosen()
+    }
+
+    /// Whether the parent is known as it was when the child began.
+    fn inherit(
+        &mut self,
+        kernel: &UnwindMaps,
+        parent: Owner,
+        child: Owner,
+        library_epoch: u32,
+    ) -> bool {
         let Some(told) = self.told.get(&parent).cloned() else { return false };
+        if told.library_epoch != library_epoch {
+            return false;
+        }
         // The parent's list may have changed since.
-        self.set_space(kernel, child, &told.mappings);
+        self.publish(kernel, child, &told.mappings, library_epoch);
         self.tell(kernel, child, told);
         true
     }
 
-    fn set_space(&mut self, kernel: &UnwindMaps, owner: Owner, mappings: &[ExecutableMapping]) {
-        self.losses.spaces_full += u64::from(kernel.set_space(&space(owner, mappings)).is_err());
+    /// Gives the kernel side a process's list and the tables that it names.
+    fn publish(
+        &mut self,
+        kernel: &UnwindMaps,
+        owner: Owner,
+        mappings: &[ExecutableMapping],
+        library_epoch: u32,
+    ) {
+        // First, or a walk would meet a table that is not there yet.
+        kernel.load(std::mem::take(&mut self.unloaded));
+        let space = space(owner, mappings, library_epoch);
+        self.losses.spaces_full += u64::from(kernel.set_space(&space).is_err());
     }
 
     fn tell(&mut self, kernel: &UnwindMaps, owner: Owner, told: Told) {
@@ -346,11 +442,31 @@ impl Known {
         }
     }
 
+    /// Drops the tables that were loaded for a process that ended meanwhile.
+    fn release_unused(&mut self, kernel: &UnwindMaps) {
+        let unused = self.tables.iter().filter(|(_, shared)| shared.users == 0);
+        let unused: HashSet<Origin> = unused.map(|(&origin, _)| origin).collect();
+        if !unused.is_empty() {
+            kernel.load(std::mem::take(&mut self.unloaded));
+            self.release(kernel, unused);
+        }
+    }
+
     fn load(&mut self, kernel: &UnwindMaps, origin: Origin, pid: Pid, mapping: &Mapping) {
         if self.tables.contains_key(&origin) {
             return;
         }
-        let loaded = match packed(origin, pid, mapping) {
+        let file = match origin {
+            Origin::File(_) => MappedFile::open(pid, mapping)
+                .ok()
+                .and_then(|opened| opened.file().try_clone().ok()),
+            Origin::Vdso => None,
+        };
+        let stamp = file.as_ref().and_then(Stamp::of);
+        if let Some(file) = file.as_ref().and_then(|file| file.try_clone().ok()) {
+            self.numbers.keep(Opened { pid, mapping: mapping.clone(), file });
+        }
+        let loaded = match packed(origin, file) {
             None => None,
             Some((packed, segments)) => {
                 let loaded = self.give(kernel, &packed, segments);
@@ -358,7 +474,7 @@ impl Known {
                 loaded
             }
         };
-        self.tables.insert(origin, Shared { loaded, users: 0 });
+        self.tables.insert(origin, Shared { loaded, stamp, users: 0 });
     }
 
     /// `None` when there is no room.
@@ -385,8 +501,24 @@ impl Known {
     }
 }
 
-fn space(owner: Owner, mappings: &[ExecutableMapping]) -> AddressSpace {
-    let mut space = AddressSpace { owner, ..AddressSpace::default() };
+/// Executable mappings of files, and the vDSO.
+fn code_of_modules(maps: &Maps) -> impl Iterator<Item = (Origin, &Mapping)> {
+    maps.iter()
+        .filter(|mapping| mapping.permissions.execute)
+        .filter_map(|mapping| Some((origin_of(mapping)?, mapping)))
+}
+
+/// `None` for code of no file.
+fn origin_of(mapping: &Mapping) -> Option<Origin> {
+    match &mapping.backing {
+        Backing::File { id, .. } => Some(Origin::File(*id)),
+        Backing::Special(name) if name == "[vdso]" => Some(Origin::Vdso),
+        Backing::Special(_) | Backing::Anonymous => None,
+    }
+}
+
+fn space(owner: Owner, mappings: &[ExecutableMapping], library_epoch: u32) -> AddressSpace {
+    let mut space = AddressSpace { owner, library_epoch, ..AddressSpace::default() };
     for (slot, mapping) in space.mappings.iter_mut().zip(mappings) {
         *slot = *mapping;
         space.count += 1;
@@ -395,12 +527,9 @@ fn space(owner: Owner, mappings: &[ExecutableMapping]) -> AddressSpace {
 }
 
 /// A file's table and its executable segments; `None` for files that cannot be read or have none.
-fn packed(origin: Origin, pid: Pid, mapping: &Mapping) -> Option<(Packed, Vec<Segment>)> {
+fn packed(origin: Origin, file: Option<File>) -> Option<(Packed, Vec<Segment>)> {
     let source = match origin {
-        Origin::File(_) => {
-            let opened = MappedFile::open(pid, mapping).ok()?;
-            Source::File(opened.file().try_clone().ok()?)
-        }
+        Origin::File(_) => Source::File(file?),
         Origin::Vdso => Source::Memory(vdso::image_bytes()?),
     };
     let image = Image::open(source).ok()?;
@@ -429,19 +558,13 @@ struct List {
 }
 
 impl List {
-    fn push(&mut self, avma: Range<u64>, table: u32, offset_bytes: u32) {
+    fn push(&mut self, avma: Range<u64>, table: u32, shift: u64) {
         let length = avma.end.saturating_sub(avma.start);
         if let Ok(length_bytes) = u32::try_from(length)
             && length_bytes > 0
         {
             let start_avma = avma.start;
-            self.mappings.push(ExecutableMapping {
-                start_avma,
-                length_bytes,
-                table,
-                offset_bytes,
-                pad: 0,
-            });
+            self.mappings.push(ExecutableMapping { start_avma, length_bytes, table, shift });
         }
     }
 
@@ -449,6 +572,7 @@ impl List {
     fn run_time_code(&mut self, avma: Range<u64>) {
         if let Some(last) = self.mappings.last_mut()
             && last.table == no_table::FRAME_POINTERS
+            && last.shift == 0
             && avma.end.saturating_sub(last.start_avma) <= RUN_TIME_CODE_REACH_BYTES
         {
             last.length_bytes = (avma.end - last.start_avma) as u32;
@@ -459,24 +583,46 @@ impl List {
 
     /// A mapping of a file, or of the vDSO. What its table does not answer for is code without
     /// rows.
-    fn module(&mut self, mapping: &Mapping, origin: Origin, table: Option<&Loaded>) {
+    fn module(
+        &mut self,
+        mapping: &Mapping,
+        origin: Origin,
+        shared: Option<&Shared>,
+        numbers: &Numbers,
+    ) {
         let avma = mapping.start_avma..mapping.end_avma;
         let file_offset = if origin == Origin::Vdso { 0 } else { mapping.file_offset };
+        let stamp = shared.and_then(|shared| shared.stamp);
+        let shift = |avma: &Range<u64>, base: Base, offset: u64| {
+            let end = offset.checked_add(avma.end.saturating_sub(avma.start))?;
+            let offset = u32::try_from(end).and(u32::try_from(offset)).ok()?;
+            let number = numbers.of(Numbered { origin, stamp, base })?;
+            Some(ExecutableMapping::shift(avma.start, number, offset))
+        };
+        let without_rows = |part: Range<u64>| {
+            let offset = file_offset.saturating_add(part.start - avma.start);
+            let shift = shift(&part, Base::FileStart, offset).unwrap_or(0);
+            (part, no_table::FRAME_POINTERS, shift)
+        };
+        let table = shared.and_then(|shared| shared.loaded.as_ref());
         let Some((table, start)) = table
             .and_then(|table| Some((table, svma(&table.segments, file_offset)?)))
             .filter(|(table, start)| *start < table.svma.end)
         else {
-            self.push(avma, no_table::FRAME_POINTERS, 0);
-            return;
+            let (avma, table, shift) = without_rows(avma.clone());
+            return self.push(avma, table, shift);
         };
         let first = avma.start.saturating_add(table.svma.start.saturating_sub(start)).min(avma.end);
         let last = avma.start.saturating_add(table.svma.end - start).min(avma.end).max(first);
         let offset = start.saturating_sub(table.svma.start);
-        self.push(avma.start..first, no_table::FRAME_POINTERS, 0);
-        if let Ok(offset) = u32::try_from(offset) {
-            self.push(first..last, table.serial, offset);
+        let with_rows = match shift(&(first..last), Base::Svma(table.svma.start), offset) {
+            Some(shift) => (first..last, table.serial, shift),
+            None => without_rows(first..last),
+        };
+        let parts = [without_rows(avma.start..first), with_rows, without_rows(last..avma.end)];
+        for (avma, table, shift) in parts {
+            self.push(avma, table, shift);
         }
-        self.push(last..avma.end, no_table::FRAME_POINTERS, 0);
     }
 
     /// Those that fit; when there are too many, those with a table.
@@ -486,5 +632,68 @@ impl List {
         }
         self.mappings.truncate(MAPPINGS_MAX);
         self.mappings
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use leakbpf_common::abi::{FramePlace, FrameWord};
+
+    use super::*;
+
+    const MAPS: &[u8] = b"\
+401000-403000 r-xp 00001000 08:01 11 /usr/bin/a\n\
+500000-502000 r-xp 00003000 08:01 12 /usr/lib/b.so\n\
+502000-503000 r-xp 00000000 00:00 0 \n\
+503000-504000 rwxp 00000000 00:00 0 \n\
+700000-701000 --xp 00000000 00:00 0 [uprobes]\n";
+
+    fn known(maps: &Maps) -> Known {
+        let mut known = Known::default();
+        let (origin, _) = code_of_modules(maps).next().expect("a program");
+        let code =
+            Segment { kind: 1, flags: 5, offset: 0x1000, address: 0x401000, file_bytes: 0x1800 };
+        let loaded = Loaded { serial: 7, bytes: 0, svma: 0x401100..0x402800, segments: vec![code] };
+        known.tables.insert(origin, Shared { loaded: Some(loaded), stamp: None, users: 1 });
+        known
+    }
+
+    fn place(list: &[ExecutableMapping], avma: u64) -> (u32, FramePlace) {
+        let mapping = list.iter().find(|it| it.contains(avma)).expect("a mapping");
+        (mapping.table, FrameWord(avma.wrapping_add(mapping.shift)).place())
+    }
+
+    #[test]
+    fn an_address_is_a_place_in_a_module_with_and_without_a_table() {
+        let maps = Maps::parse(MAPS).expect("valid");
+        let known = known(&maps);
+        let list = known.list(&maps);
+        let origins: Vec<_> = code_of_modules(&maps).map(|(origin, _)| origin).collect();
+        let number = |index: usize, base| {
+            known
+                .numbers
+                .of(Numbered { origin: origins[index], stamp: None, base })
+                .expect("a number")
+        };
+        let rows = number(0, Base::Svma(0x401100));
+        let file = number(0, Base::FileStart);
+        let other = number(1, Base::FileStart);
+        let module = |number, offset| FramePlace::Module { number, offset };
+        assert_eq!(place(&list, 0x401110), (7, module(rows, 0x10)));
+        assert_eq!(place(&list, 0x401010), (no_table::FRAME_POINTERS, module(file, 0x1010)));
+        assert_eq!(place(&list, 0x402900), (no_table::FRAME_POINTERS, module(file, 0x2900)));
+        assert_eq!(place(&list, 0x500020), (no_table::FRAME_POINTERS, module(other, 0x3020)));
+    }
+
+    #[test]
+    fn code_of_no_module_keeps_its_address_and_its_own_entry() {
+        let maps = Maps::parse(MAPS).expect("valid");
+        let list = known(&maps).list(&maps);
+        assert_eq!(
+            place(&list, 0x503010),
+            (no_table::FRAME_POINTERS, FramePlace::Address(0x503010))
+        );
+        assert_eq!(list.iter().filter(|it| it.shift == 0).count(), 2);
+        assert_eq!(list.iter().filter(|it| it.table == no_table::TRAMPOLINE).count(), 1);
     }
 }

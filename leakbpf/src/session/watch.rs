@@ -4,6 +4,7 @@
 use std::{
     collections::{HashMap, HashSet},
     num::NonZeroU32,
+    ops::RangeInclusive,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -128,7 +129,7 @@ impl Watch {
             kernel,
             lives: Vec::new(),
             by_owner: HashMap::new(),
-            modules: Modules::new(),
+            modules: Modules::new(unwinding.numbers()),
             events: Vec::new(),
             children_seen_late: 0,
             probes_moved: 0,
@@ -252,6 +253,9 @@ impl Watch {
             attached.probes += more.probes;
             attached.looked_at = more.looked_at;
             known = now;
+            if let Some(owner) = self.owner_of(pid) {
+                self.unwinding.refresh(owner);
+            }
         }
         Ok(attached)
     }
@@ -290,6 +294,11 @@ impl Watch {
         Ok(Attached { pid, functions, probes, looked_at })
     }
 
+    fn owner_of(&self, pid: Pid) -> Option<Owner> {
+        let state = self.kernel.processes.get(&pid.0).ok().flatten()?;
+        self.life_of(state.owner).map(|_| state.owner)
+    }
+
     pub fn note(&mut self, pid: Option<Pid>, text: String) {
         let text = match self.events.len().cmp(&(MAX_EVENTS - 1)) {
             std::cmp::Ordering::Less => text,
@@ -304,9 +313,10 @@ impl Watch {
     pub fn take(&mut self, record: Record) {
         match record {
             Record::Stack(stack) => {
+                self.take_in_lists();
                 if let Some(id) = self.life_or_stranger(stack.head.owner) {
                     let Self { lives, modules, kernel, .. } = self;
-                    lives[id.0].learn(&stack, modules, |owner| maps_of(kernel, owner));
+                    lives[id.0].learn(&stack, modules, |owner| epochs_and_maps_of(kernel, owner));
                 }
             }
             Record::Mapping(record) => {
@@ -317,7 +327,10 @@ impl Watch {
             }
             Record::Fork(fork) => self.forked(&fork),
             Record::Exec(exec) => self.executed(&exec),
-            Record::Libraries(change) => self.libraries_changed(&change),
+            Record::Libraries(change) => {
+                self.take_in_lists();
+                self.libraries_changed(&change);
+            }
             Record::Seen(seen) => {
                 self.seen(seen.head.owner);
             }
@@ -328,6 +341,16 @@ impl Watch {
                 }
             }
             Record::Page(page) => self.touched(&page),
+        }
+    }
+
+    /// What the thread that reads the records has read and opened meanwhile.
+    fn take_in_lists(&mut self) {
+        self.modules.take_opened();
+        for list in self.unwinding.numbers().take_lists() {
+            if let Some(id) = self.life_of(list.owner) {
+                self.lives[id.0].refresh(list.epochs, list.maps);
+            }
         }
     }
 
@@ -488,8 +511,8 @@ impl Watch {
 
     fn libraries_changed(&mut self, change: &LibrariesRecord) {
         let Some(id) = self.life_of(change.head.owner) else { return };
-        let maps = maps_of(&self.kernel, change.head.owner);
-        self.lives[id.0].refresh(change.library_epoch, maps);
+        let (epochs, maps) = epochs_and_maps_of(&self.kernel, change.head.owner);
+        self.lives[id.0].refresh(epochs, maps);
         self.changed.insert(change.head.owner);
     }
 
@@ -532,9 +555,9 @@ impl Watch {
     fn unmapped(&mut self, unmapped: &UnmappedRecord) {
         let owner = unmapped.head.owner;
         let Some(id) = self.life_of(owner).filter(|id| !self.lives[id.0].ended()) else { return };
-        let maps = maps_of(&self.kernel, owner);
+        let (epochs, maps) = epochs_and_maps_of(&self.kernel, owner);
         let life = &mut self.lives[id.0];
-        life.refresh(unmapped.library_epoch, maps);
+        life.refresh(epochs, maps);
         let mapping = life.space.maps().and_then(|maps| maps.find(unmapped.address));
         if mapping.is_some_and(|mapping| mapping.permissions.execute) {
             self.changed.insert(owner);
@@ -644,11 +667,21 @@ pub fn monotonic_ns() -> u64 {
 /// The mappings of a life. Empty when they can't be read, or when the process has begun another life
 /// by `execve`, which the kernel side knows before its new program runs.
 fn maps_of(kernel: &Kernel, owner: Owner) -> Maps {
+    epochs_and_maps_of(kernel, owner).1
+}
+
+/// With the library epochs before and after they were read.
+fn epochs_and_maps_of(kernel: &Kernel, owner: Owner) -> (RangeInclusive<u32>, Maps) {
     let pid = owner.tgid();
+    let state = || kernel.processes.get(&pid).ok().flatten();
+    let before = state();
     let maps = Maps::of(Pid(pid)).unwrap_or_default();
-    match kernel.processes.get(&pid) {
-        Ok(Some(state)) if state.owner != owner => Maps::default(),
-        _ => maps,
+    match (before, state()) {
+        (_, Some(after)) if after.owner != owner => (0..=0, Maps::default()),
+        (Some(before), Some(after)) if before.owner == owner => {
+            (before.library_epoch..=after.library_epoch, maps)
+        }
+        (_, after) => (0..=after.map_or(0, |after| after.library_epoch), maps),
     }
 }
 
