@@ -19,6 +19,7 @@ use leakbpf_common::{
 
 use crate::{
     books::KernelBooks,
+    kernel_stack,
     maps::{self, THREADS, settings},
     meter, processes, stack,
 };
@@ -29,6 +30,7 @@ static IDLE: ThreadState = ThreadState::new(Owner(0));
 /// An allocation, reallocation or resize begins.
 #[uprobe]
 pub fn alloc_enter(ctx: ProbeContext) -> u32 {
+    kernel_stack::keep();
     meter::run(|| begin(&ctx));
     0
 }
@@ -36,6 +38,7 @@ pub fn alloc_enter(ctx: ProbeContext) -> u32 {
 /// A block is about to be released.
 #[uprobe]
 pub fn free_enter(ctx: ProbeContext) -> u32 {
+    kernel_stack::keep();
     meter::run(|| release(&ctx));
     0
 }
@@ -43,6 +46,7 @@ pub fn free_enter(ctx: ProbeContext) -> u32 {
 /// An allocation, reallocation or resize returns.
 #[uretprobe]
 pub fn alloc_leave(ctx: RetProbeContext) -> u32 {
+    kernel_stack::keep();
     meter::run(|| finish(&ctx));
     0
 }
@@ -51,6 +55,7 @@ pub fn alloc_leave(ctx: RetProbeContext) -> u32 {
 /// the unwinder meets the kernel's trampoline instead of the caller.
 #[uprobe]
 pub fn alloc_exit(ctx: ProbeContext) -> u32 {
+    kernel_stack::keep();
     meter::run(|| finish_in_place(&ctx));
     0
 }

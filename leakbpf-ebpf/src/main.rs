@@ -5,14 +5,16 @@
 //! - [`pages`]: pages, when they are touched first
 //! - [`processes`]: fork, exec and the end of threads
 //! - [`stack`]: who called
+//! - [`kernel_stack`]: which stack a program runs on
 //! - [`books`]: the accounting rules of `leakbpf_common::ledger` over BPF maps
 #![no_std]
-#![feature(core_intrinsics)]
+#![feature(asm_experimental_arch, core_intrinsics)]
 #![allow(internal_features)]
 #![no_main]
 
 mod alloc;
 mod books;
+mod kernel_stack;
 mod mappings;
 mod maps;
 mod meter;

@@ -13,6 +13,7 @@ use leakbpf_common::abi::{
 
 use crate::{
     books::KernelBooks,
+    kernel_stack,
     maps::{self, CARRIERS, PROCESSES, RECORDS, SPACES, THREADS, settings},
 };
 
@@ -256,6 +257,7 @@ fn ended() -> Option<()> {
 /// The dynamic loader has changed the set of libraries (`_dl_debug_state`).
 #[uprobe]
 pub fn libraries_changed(_ctx: ProbeContext) -> u32 {
+    kernel_stack::keep();
     let _ = changed();
     0
 }

@@ -1,6 +1,7 @@
 #!/bin/bash
 # Runs in the guest: attaches leakbpf to the program next to it, lets that run, and prints the
-# program's truth, the agent's report and its messages. `cargo xtask test --kernel` compares.
+# program's truth, the stacks of the BPF programs, the agent's report and its messages. `cargo xtask
+# test --kernel` compares.
 set -u
 # Otherwise what is started in the background ignores SIGINT.
 set -m
@@ -25,6 +26,7 @@ exec 3>"$work/go"
 agent=$!
 
 if waits 60 grep -q '^leakbpf: attached' "$work/messages"; then
+    "$here/stacks" >"$work/stacks" 2>>"$work/messages"
     echo go >&3
     waits 60 grep -q '^end$' "$work/truth"
     kill -INT $agent
@@ -39,6 +41,8 @@ echo "=== kernel $(uname -r)"
 echo "=== status $status"
 echo "=== truth"
 cat "$work/truth"
+echo "=== stacks"
+cat "$work/stacks" 2>/dev/null
 echo "=== messages"
 cat "$work/messages"
 echo "=== report"

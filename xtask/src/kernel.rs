@@ -18,6 +18,14 @@ pub const ALL: [&str; 5] = ["5.10", "6.1", "6.12", "6.18", "7"];
 /// Older kernels may be refused, in one line.
 const OLDEST_SUPPORTED: (u32, u32) = (6, 1);
 
+/// Gives some programs a private stack for each CPU (kernel/bpf/verifier.c, `bpf_enable_priv_stack`).
+const PRIVATE_STACKS: (u32, u32) = (6, 13);
+
+/// Programs on uprobes, named as the kernel cuts them. They are preempted, so a private stack would be
+/// written over and crash the kernel.
+const PREEMPTED: [&str; 5] =
+    ["alloc_enter", "alloc_exit", "alloc_leave", "free_enter", "libraries_chang"];
+
 /// Time limit of a guest, in seconds.
 const GUEST_SECONDS: u32 = 240;
 
@@ -27,7 +35,7 @@ pub struct Smoke {
 }
 
 impl Smoke {
-    /// Builds the agent and the program.
+    /// Builds the agent and the programs.
     pub fn build() -> Result<Self> {
         let root = shell::root();
         shell::run(shell::cargo().args(["build", "--release", "-p", "leakbpf"]))?;
@@ -36,14 +44,14 @@ impl Smoke {
         // Guests read files slowly, and most of the agent is its own debug information.
         let agent = root.join("target/release/leakbpf");
         shell::run(Command::new("strip").arg(&agent).arg("-o").arg(folder.join("leakbpf")))?;
-        let source = root.join("xtask/smoke/blocks.c");
-        let program = folder.join("blocks");
-        shell::run(
-            Command::new("gcc")
-                .args(["-O1", "-g", "-static", "-fno-omit-frame-pointer", "-o"])
-                .arg(&program)
-                .arg(source),
-        )?;
+        for program in ["blocks", "stacks"] {
+            shell::run(
+                Command::new("gcc")
+                    .args(["-O1", "-g", "-static", "-fno-omit-frame-pointer", "-o"])
+                    .arg(folder.join(program))
+                    .arg(root.join("xtask/smoke").join(program).with_extension("c")),
+            )?;
+        }
         fs::copy(root.join("xtask/smoke/guest.sh"), folder.join("guest.sh"))?;
         Ok(Self { folder })
     }
@@ -96,6 +104,8 @@ struct Run {
     /// Size in bytes by address.
     truth: BTreeMap<u64, u64>,
     truth_is_complete: bool,
+    /// `private` or `kernel`, by the program's name.
+    stacks: BTreeMap<String, String>,
     messages: String,
     report: String,
 }
@@ -122,6 +132,14 @@ impl Run {
                     let (address, size) = line.split_once(' ').context("truth")?;
                     run.truth.insert(address.parse()?, size.parse()?);
                 }
+                "stacks" => {
+                    let (program, stack) = line.split_once(' ').context("stacks")?;
+                    // A program can be loaded twice, for the two kinds of links.
+                    let known = run.stacks.entry(program.to_owned()).or_default();
+                    if known != "private" {
+                        *known = stack.to_owned();
+                    }
+                }
                 "messages" => {
                     run.messages.push_str(line);
                     run.messages.push('\n');
@@ -137,7 +155,7 @@ impl Run {
     }
 
     fn verdict(&self) -> Result<String> {
-        if self.status == 2 && self.is_older_than_supported() {
+        if self.status == 2 && self.is_older_than(OLDEST_SUPPORTED) {
             let mut lines = self.messages.lines();
             match (lines.next(), lines.next()) {
                 (Some(line), None) => return Ok(format!("refused in one line: {line}")),
@@ -150,6 +168,7 @@ impl Run {
         if !self.truth_is_complete || self.truth.is_empty() {
             bail!("the program did not tell its truth");
         }
+        self.check_stacks()?;
         let report: Value = serde_json::from_str(&self.report).context("leakbpf's JSON")?;
         let blocks = heap_blocks(&report)?;
         let missing = self.truth.iter().filter(|&(a, s)| blocks.get(a) != Some(s)).count();
@@ -169,9 +188,27 @@ impl Run {
         Ok(format!("exact, {} of {} blocks, no losses", blocks.len(), self.truth.len()))
     }
 
-    fn is_older_than_supported(&self) -> bool {
+    fn check_stacks(&self) -> Result<()> {
+        for program in PREEMPTED {
+            match self.stacks.get(program).map(String::as_str) {
+                Some("kernel") => {}
+                Some(stack) => bail!(
+                    "{program} runs on a {stack} stack, with which a kernel with preemption crashes"
+                ),
+                None => bail!("the guest does not tell which stack {program} runs on"),
+            }
+        }
+        // The others do have one, or the check is blind.
+        let recognized = self.stacks.values().any(|stack| stack == "private");
+        if !recognized && !self.is_older_than(PRIVATE_STACKS) {
+            bail!("xtask/smoke/stacks.c recognizes no private stack on this kernel");
+        }
+        Ok(())
+    }
+
+    fn is_older_than(&self, release: (u32, u32)) -> bool {
         let mut numbers = self.kernel.split(['.', '-']).map(|part| part.parse().unwrap_or(0));
-        (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) < OLDEST_SUPPORTED
+        (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) < release
     }
 }
 
@@ -199,8 +236,21 @@ mod tests {
         "blocks":[{"address":16,"size":5,"site":0},{"address":4096,"size":8192,"site":1}]}"#;
 
     fn run(status: i32, kernel: &str, truth: &str, messages: &str) -> Run {
+        run_with_stacks(status, kernel, truth, messages, PREEMPTED.map(|name| (name, "kernel")))
+    }
+
+    fn run_with_stacks<'a>(
+        status: i32,
+        kernel: &str,
+        truth: &str,
+        messages: &str,
+        stacks: impl IntoIterator<Item = (&'a str, &'a str)>,
+    ) -> Run {
+        let stacks: Vec<String> =
+            stacks.into_iter().map(|(program, stack)| format!("{program} {stack}")).collect();
+        let stacks = stacks.join("\n");
         Run::parse(&format!(
-            "=== kernel {kernel}\n=== status {status}\n=== truth\n{truth}\n=== messages\n{messages}\n=== report\n{REPORT}"
+            "=== kernel {kernel}\n=== status {status}\n=== truth\n{truth}\n=== stacks\n{stacks}\n=== messages\n{messages}\n=== report\n{REPORT}"
         ))
         .expect("a well-formed run")
     }
@@ -226,5 +276,24 @@ mod tests {
         assert!(run(2, "5.10.0", "", "leakbpf: too old").verdict().is_ok());
         assert!(run(2, "5.10.0", "", "leakbpf: too old\nstack trace").verdict().is_err());
         assert!(run(2, "6.12.0", "", "leakbpf: too old").verdict().is_err());
+    }
+
+    #[test]
+    fn a_probe_on_a_private_stack_is_red() {
+        let stacks = |of_enter, of_others| {
+            let mut stacks = PREEMPTED.map(|name| (name, "kernel")).to_vec();
+            stacks[0].1 = of_enter;
+            stacks.push(("task_new", of_others));
+            stacks
+        };
+        let verdict = |kernel: &str, stacks: Vec<(&str, &str)>| {
+            run_with_stacks(0, kernel, "16 5\nend", "", stacks).verdict()
+        };
+        assert!(verdict("7.3.4", stacks("kernel", "private")).is_ok());
+        assert!(verdict("7.3.4", stacks("private", "private")).is_err());
+        assert!(verdict("7.3.4", Vec::new()).is_err());
+        // Since 6.13, a look that finds none anywhere is blind.
+        assert!(verdict("7.3.4", stacks("kernel", "kernel")).is_err());
+        assert!(verdict("6.12.9", stacks("kernel", "kernel")).is_ok());
     }
 }

@@ -615,3 +615,46 @@ fn table<K: super::tables::Wire, V: super::tables::Wire>(
     let data = map_data(take_map(ebpf, name)?, name)?;
     Table::new(data).map_err(|source| KernelError::Map { map: name, source })
 }
+
+#[cfg(test)]
+mod tests {
+    use aya_obj::{Function, Object, ProgramSection};
+
+    use super::{OBJECT, Program};
+
+    /// Of the number in `enum bpf_func_id`.
+    fn has_tail_call(function: &Function) -> bool {
+        function.instructions.iter().any(|instruction| {
+            instruction.code == 0x85 && instruction.src_reg() == 0 && instruction.imm == 12
+        })
+    }
+
+    /// `r10`, through which a program reaches its stack.
+    fn uses_stack(function: &Function) -> bool {
+        function
+            .instructions
+            .iter()
+            .any(|instruction| [instruction.dst_reg(), instruction.src_reg()].contains(&10))
+    }
+
+    #[test]
+    fn no_program_on_a_uprobe_gets_a_private_stack() {
+        let object = Object::parse(OBJECT).expect("the committed object");
+        let mut checked = 0;
+        for (name, program) in &object.programs {
+            if !matches!(
+                program.section,
+                ProgramSection::UProbe { .. } | ProgramSection::URetProbe { .. }
+            ) {
+                continue;
+            }
+            let function = &object.functions[&program.function_key()];
+            assert!(
+                !uses_stack(function) || has_tail_call(function),
+                "{name} must begin with kernel_stack::keep(): on a private stack, kernels crash"
+            );
+            checked += 1;
+        }
+        assert_eq!(checked, Program::ALL.len());
+    }
+}
