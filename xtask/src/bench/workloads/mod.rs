@@ -240,11 +240,11 @@ impl Running {
     }
 }
 
-impl Drop for Running {
+impl Drop for Place {
     fn drop(&mut self) {
-        self.place.group.end();
-        if let Err(error) = fs::remove_dir_all(&self.place.folder) {
-            eprintln!("cannot remove {}: {error}", self.place.folder.display());
+        self.group.end();
+        if let Err(error) = fs::remove_dir_all(&self.folder) {
+            eprintln!("cannot remove {}: {error}", self.folder.display());
         }
     }
 }

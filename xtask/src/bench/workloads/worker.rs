@@ -94,12 +94,16 @@ fn compile(place: &Place) -> Result<Box<dyn Load>> {
 
 impl Load for Worker {
     fn run(&mut self, span: Duration) -> Result<Work> {
-        writeln!(self.orders, "{}", span.as_millis())?;
+        // In one piece: a program that reads half a line would take it for two orders.
+        self.orders.write_all(format!("{}\n", span.as_millis()).as_bytes())?;
         let mut line = String::new();
         if self.answers.read_line(&mut line)? == 0 {
             bail!("the program ended without an answer");
         }
-        let units = line.trim_end().parse().with_context(|| format!("an answer: {line}"))?;
+        let units: f64 = line.trim_end().parse().with_context(|| format!("an answer: {line}"))?;
+        if units < 1.0 {
+            bail!("the program did nothing");
+        }
         Ok(Work { units, p99_us: None })
     }
 }
