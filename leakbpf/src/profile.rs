@@ -80,7 +80,7 @@ impl Mode {
     pub const fn shows(self, kind: SiteKind) -> bool {
         let beside = match kind {
             SiteKind::Survivor => true,
-            SiteKind::Resident => matches!(self, Self::Exact),
+            SiteKind::Resident => matches!(self, Self::Exact | Self::Windows),
             _ => false,
         };
         beside || self.lists(kind)
@@ -396,7 +396,7 @@ impl BlockFilter {
 
 /// The windows of time in which every call of an allocator was counted. What was allocated in the
 /// first half of one and was not released in the second has *survived*. [`SiteKind::Survivor`] holds
-/// what survived, for the whole session: as if all of it had been like the windows.
+/// what survived and is still there at the end, for the whole session: as if all of it had been like the windows.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Windows {
     pub count: u32,

@@ -6,15 +6,26 @@
 //! is that of all time, and their differences say how good it is. Windows may have different lengths:
 //! the estimate is the ratio of all that survived to all the time in which it was made, and its
 //! variance that of a ratio of means (Cochran, Sampling Techniques, 6.4).
+//!
+//! What has survived one window may be released later, between windows, unseen. But some of its kind
+//! are released in later windows, or their addresses are handed out again there; each one that is stands
+//! for as many as a window is shorter than the time from one window to the next. So the share of a site's blocks
+//! that goes from one window to the next is known, and with it how many of those that were made all along
+//! are there at the end: all of a leak, the youngest of a cache that turns over.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 
-use crate::profile::{self, Counters, estimate::Spread};
+use crate::profile::{
+    self, Counters,
+    estimate::{DEVIATIONS, Spread},
+};
 
 /// One window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {
+    /// When the one before was closed, or the session began.
+    pub since_ns: u64,
     pub opened_ns: u64,
     pub closed_ns: u64,
 }
@@ -29,6 +40,12 @@ impl Window {
         self.closed_ns.saturating_sub(self.opened_ns)
     }
 
+    /// For how many releases one stands that was seen.
+    fn weight(&self) -> f64 {
+        let cycle_ns = self.closed_ns.saturating_sub(self.since_ns).max(self.open_ns());
+        if self.open_ns() == 0 { 1.0 } else { cycle_ns as f64 / self.open_ns() as f64 }
+    }
+
     const fn early_ns(&self) -> u64 {
         self.middle_ns() - self.opened_ns
     }
@@ -41,6 +58,10 @@ pub struct Seen {
     pub survived_count: u64,
     pub allocated_bytes: u64,
     pub allocated_count: u64,
+    /// Blocks that had survived earlier windows, when this one was opened.
+    pub kept_count: u64,
+    /// Those of them that were seen to go.
+    pub gone_count: u64,
 }
 
 /// Sums over the windows of a session, by site.
@@ -51,6 +72,8 @@ pub struct Windows<K> {
     early_ns: u64,
     /// Sum of the squares of the windows' first halves, in ns².
     early_squares: f64,
+    /// Sum of [`Window::weight`].
+    weights: f64,
     sites: HashMap<K, Site>,
     all: Site,
 }
@@ -61,6 +84,19 @@ struct Site {
     count: Amount,
     allocated_bytes: u64,
     allocated_count: u64,
+    /// Over the windows: blocks that might have gone, those that were seen to, and those that stand
+    /// behind them.
+    kept: u64,
+    gone: u64,
+    gone_weighted: f64,
+}
+
+/// Share of what survived that is still there at the end: the estimate, and between what it may lie.
+#[derive(Debug, Clone, Copy)]
+struct Retained {
+    share: f64,
+    low: f64,
+    high: f64,
 }
 
 /// Amounts that survived, one for each window.
@@ -88,6 +124,7 @@ impl<K> Default for Windows<K> {
             open_ns: 0,
             early_ns: 0,
             early_squares: 0.0,
+            weights: 0.0,
             sites: HashMap::new(),
             all: Site::default(),
         }
@@ -102,19 +139,21 @@ impl<K: Eq + Hash + Copy> Windows<K> {
         self.open_ns = self.open_ns.saturating_add(window.open_ns());
         self.early_ns = self.early_ns.saturating_add(early_ns);
         self.early_squares += early_ns as f64 * early_ns as f64;
+        let weight = window.weight();
+        self.weights += weight;
         let mut all = Seen::default();
         for (key, seen) in seen {
-            self.sites.entry(key).or_default().add(&seen, early_ns);
+            self.sites.entry(key).or_default().add(&seen, early_ns, weight);
             all.survived_bytes = all.survived_bytes.saturating_add(seen.survived_bytes);
             all.survived_count = all.survived_count.saturating_add(seen.survived_count);
             all.allocated_bytes = all.allocated_bytes.saturating_add(seen.allocated_bytes);
             all.allocated_count = all.allocated_count.saturating_add(seen.allocated_count);
         }
-        self.all.add(&all, early_ns);
+        self.all.add(&all, early_ns, weight);
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.count == 0
+    pub fn count(&self) -> u32 {
+        self.count
     }
 
     /// What survived at each site in a session of this length.
@@ -124,25 +163,49 @@ impl<K: Eq + Hash + Copy> Windows<K> {
 
     /// For a profile of a session of this length.
     pub fn facts(&self, session_ns: u64) -> profile::Windows {
-        let all = self.estimate(&self.all, session_ns);
-        profile::Windows {
+        let of_early = factor(session_ns, self.early_ns);
+        let mut facts = profile::Windows {
             count: self.count,
             open_ns: self.open_ns,
             early_ns: self.early_ns,
-            bytes_variance: all.spread.bytes_variance,
-            count_variance: all.spread.count_variance,
+            ..profile::Windows::default()
+        };
+        // What survives at one site and at another does so in the same windows; what goes later does
+        // not.
+        let mut totals = Counters::default();
+        for site in self.sites.values() {
+            let retained = self.retained(site);
+            totals.add(&self.estimate(site, session_ns));
+            facts.bytes_variance += retained.variance(site.bytes.sum as f64 * of_early);
+            facts.count_variance += retained.variance(site.count.sum as f64 * of_early);
         }
+        let shrunk = |left: u64, all: u64| {
+            let survived = all as f64 * of_early;
+            if survived > 0.0 { left as f64 / survived } else { 0.0 }
+        };
+        let bytes = shrunk(totals.live_bytes, self.all.bytes.sum);
+        let count = shrunk(totals.live_count, self.all.count.sum);
+        facts.bytes_variance += self.variance(&self.all.bytes, of_early) * bytes * bytes;
+        facts.count_variance += self.variance(&self.all.count, of_early) * count * count;
+        facts
     }
 
     fn estimate(&self, site: &Site, session_ns: u64) -> Counters {
         let of_early = factor(session_ns, self.early_ns);
         let of_open = factor(session_ns, self.open_ns);
+        let retained = self.retained(site);
         let scale = |amount: u64, factor: f64| (amount as f64 * factor).round() as u64;
-        let (live_bytes, live_count) =
-            (scale(site.bytes.sum, of_early), scale(site.count.sum, of_early));
+        let (live_bytes, live_count) = (
+            scale(site.bytes.sum, of_early * retained.share),
+            scale(site.count.sum, of_early * retained.share),
+        );
         // What is made late in a window has no time to survive, but it is made.
         let allocated_bytes = scale(site.allocated_bytes, of_open).max(live_bytes);
         let allocated_count = scale(site.allocated_count, of_open).max(live_count);
+        let variance = |amount: &Amount| {
+            let of_rate = self.variance(amount, of_early) * retained.share * retained.share;
+            of_rate + retained.variance(amount.sum as f64 * of_early)
+        };
         Counters {
             live_bytes,
             live_count,
@@ -151,11 +214,38 @@ impl<K: Eq + Hash + Copy> Windows<K> {
             freed_bytes: allocated_bytes - live_bytes,
             freed_count: allocated_count - live_count,
             spread: Spread {
-                bytes_variance: self.variance(&site.bytes, of_early),
-                count_variance: self.variance(&site.count, of_early),
+                bytes_variance: variance(&site.bytes),
+                count_variance: variance(&site.count),
                 ..Spread::default()
             },
         }
+    }
+
+    /// Of the blocks that a site made all along and that survived.
+    fn retained(&self, site: &Site) -> Retained {
+        let kept = site.kept as f64;
+        if kept == 0.0 {
+            return Retained { share: 1.0, low: 1.0, high: 1.0 };
+        }
+        let seen = site.gone as f64;
+        // For how many one that was seen stands; where none was, on average.
+        let weight = match site.gone {
+            0 => self.weights / f64::from(self.count.max(1)),
+            _ => site.gone_weighted / seen,
+        };
+        // The number seen is Poisson's: its root has a standard deviation of one half.
+        let least = (seen.sqrt() - DEVIATIONS / 2.0).max(0.0).powi(2);
+        let most = ((seen + 1.0).sqrt() + DEVIATIONS / 2.0).powi(2);
+        let share = |gone: f64| self.share_left(gone * weight / kept);
+        Retained { share: share(seen), low: share(most), high: share(least) }
+    }
+
+    /// Of blocks that were made at an even pace, when such a share goes from one window to the next.
+    fn share_left(&self, going: f64) -> f64 {
+        let stays = (1.0 - going).clamp(0.0, 1.0);
+        let windows = f64::from(self.count.max(1));
+        // 1 + stays + stays² + …, a term for each window, over their number.
+        if stays >= 1.0 { 1.0 } else { (1.0 - stays.powf(windows)) / (1.0 - stays) / windows }
     }
 
     /// Of an estimate for the whole session.
@@ -177,8 +267,18 @@ fn factor(whole_ns: u64, part_ns: u64) -> f64 {
     if part_ns == 0 { 0.0 } else { (whole_ns as f64 / part_ns as f64).max(1.0) }
 }
 
+impl Retained {
+    fn variance(&self, whole: f64) -> f64 {
+        let deviation = (self.high - self.low) / (2.0 * DEVIATIONS) * whole;
+        deviation * deviation
+    }
+}
+
 impl Site {
-    fn add(&mut self, seen: &Seen, early_ns: u64) {
+    fn add(&mut self, seen: &Seen, early_ns: u64, weight: f64) {
+        self.kept = self.kept.saturating_add(seen.kept_count);
+        self.gone = self.gone.saturating_add(seen.gone_count);
+        self.gone_weighted += seen.gone_count as f64 * weight;
         self.bytes.add(seen.survived_bytes, early_ns);
         self.count.add(seen.survived_count, early_ns);
         self.allocated_bytes = self.allocated_bytes.saturating_add(seen.allocated_bytes);

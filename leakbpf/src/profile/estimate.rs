@@ -85,7 +85,7 @@ pub struct Interval {
 pub const CONFIDENCE_PERCENT: u32 = 95;
 
 /// Standard deviations to either side that [`CONFIDENCE_PERCENT`] of a normal distribution lie within.
-const DEVIATIONS: f64 = 1.959_964;
+pub const DEVIATIONS: f64 = 1.959_964;
 
 impl Interval {
     /// Of pages of which each was looked at with a chance of 1 in `one_in`, independently.

@@ -263,7 +263,6 @@ pub fn mostly_pages() -> Profile {
 pub fn windows() -> Profile {
     let mut profile = auto();
     profile.mode = Mode::Windows;
-    profile.sites.retain(|site| site.kind == SiteKind::Survivor);
     profile.blocks.clear();
     profile
 }

@@ -65,8 +65,8 @@ pub fn estimate_note(mode: Mode) -> Option<String> {
             units::bytes(interval_bytes.into())
         ),
         Mode::Windows => {
-            "what was allocated in short windows of time and outlived them, taken for \
-                          the whole session: estimates"
+            "estimated from what outlived short windows of time and was not seen to be \
+                          released in later ones"
                 .to_owned()
         }
         Mode::Pages { one_in: 1 } => {

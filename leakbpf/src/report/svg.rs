@@ -86,7 +86,7 @@ fn title(profile: &Profile) -> String {
     let after = units::duration(profile.duration_ns);
     match profile.mode {
         Mode::Exact => format!("{who}: live memory after {after} (exact)"),
-        Mode::Windows => format!("{who}: memory that outlived windows, in {after} (estimated)"),
+        Mode::Windows => format!("{who}: live memory after {after} (estimated from windows)"),
         Mode::Sample { interval_bytes } => format!(
             "{who}: live memory after {after} (sampled every {})",
             units::bytes(interval_bytes.into())

@@ -36,9 +36,8 @@ pub fn write(profile: &Profile, options: &ReportOptions, out: &mut dyn Write) ->
     let allocator: Vec<_> = of_kind(SiteKind::AllocatorMapping).collect();
     let top = options.top.unwrap_or(DEFAULT_TOP);
     let table = Table { profile, options, style: &style };
-    let windows = profile.mode == Mode::Windows;
     if user.is_empty() {
-        writeln!(out, "\nNothing {}.", if windows { "outlived a window" } else { "is live" })?;
+        writeln!(out, "\nNothing is live.")?;
     }
     table.write_sites(&user, top, totals.live_bytes, out)?;
     if !allocator.is_empty() {
@@ -54,10 +53,12 @@ pub fn write(profile: &Profile, options: &ReportOptions, out: &mut dyn Write) ->
     let pages = profile.resident_totals();
     let unexplained = pages.live_bytes.saturating_sub(totals.live_bytes);
     let worth_a_look = (totals.live_bytes / 2).saturating_add(UNEXPLAINED_BYTES);
-    if unexplained > worth_a_look && !resident.is_empty() {
+    let beside = profile.mode == Mode::Windows || unexplained > worth_a_look;
+    if beside && !resident.is_empty() {
+        let more =
+            if profile.mode == Mode::Windows { "" } else { ", and more than the blocks explain" };
         let heading = format!(
-            "Resident memory by who touched it first, not added above, and more than the blocks \
-             explain: {} in {}",
+            "Resident memory by who touched it first, not added above{more}: {} in {}",
             units::bytes(pages.live_bytes),
             units::count(pages.live_count, "page"),
         );
@@ -83,7 +84,7 @@ pub fn write(profile: &Profile, options: &ReportOptions, out: &mut dyn Write) ->
 
 fn windows_in_words(windows: &profile::Windows) -> String {
     format!(
-        "{}, {} in all; a block that lived {} did",
+        "{}, {} in all; a block that lived {} outlived one",
         units::count(windows.count.into(), "window"),
         units::duration(windows.open_ns),
         units::duration(windows.survival_ns())
@@ -168,7 +169,7 @@ fn write_head(
     }
     let [live, allocated, freed] = match profile.mode {
         Mode::Exact | Mode::Sample { .. } => ["live", "allocated", "freed"],
-        Mode::Windows => ["survived", "allocated", "released"],
+        Mode::Windows => ["live", "allocated", "freed"],
         Mode::Pages { .. } => ["resident", "touched", "released"],
     };
     let rows = [
@@ -379,7 +380,7 @@ impl Table<'_> {
             let error = interval.map(|it| rates(it, self.profile)).unwrap_or_default();
             writeln!(
                 out,
-                "{}{error} of {} that it allocates",
+                "grows by {}{error}, of {} that it allocates",
                 rate(counters.live_bytes, self.profile),
                 rate(counters.allocated_bytes, self.profile)
             )?;

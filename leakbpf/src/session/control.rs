@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use leakbpf_common::abi::{Block, BlockKey, Owner, SiteCounters, SiteKey, StackId};
+use leakbpf_common::abi::{Block, BlockKey, Loss, Owner, SiteCounters, SiteKey, StackId};
 
 use super::{
     SessionError,
@@ -20,7 +20,7 @@ use crate::{
     ledger::windows::{Seen, Window, Windows},
     probe::kernel::KernelError,
     process::cpu_time,
-    profile::{self, Counters, Mode, ProcessId, SiteId, SiteKind},
+    profile::{self, Counters, Mode, SiteId, SiteKind},
     report,
 };
 
@@ -30,17 +30,33 @@ const LONGEST_WINDOW: Duration = Duration::from_secs(2);
 /// Shorter windows are not told of: too much survives them.
 const SHORTEST_TOLD: u64 = 40_000_000;
 
+/// So many windows tell more of who keeps memory than who touched it first does.
+const ENOUGH_WINDOWS: u32 = 3;
+
+/// Most blocks that are watched from one window to the next.
+const MOST_KEPT: u64 = 1 << 17;
+
 /// From then on a window is worth a word.
 const LONG_WINDOW: Duration = Duration::from_secs(10);
+
+type Losses = [u64; Loss::ALL.len()];
 
 pub struct Control {
     method: Method,
     pub meter: Meter,
     budget: Option<Budget>,
     windows: Windows<SiteId>,
+    /// What survived windows, by site, and is still in the kernel's map.
+    kept: HashMap<SiteId, u64>,
+    /// One in 2^n of them is kept there.
+    thinned: u32,
     opened_ns: u64,
+    /// When the last window was closed.
+    closed_ns: u64,
     /// Nothing was missed since the session began.
     unbroken: bool,
+    /// Releases that were not seen until then.
+    missed_while_unbroken: Option<u64>,
     told_of_long_window: bool,
     due: Instant,
 }
@@ -52,8 +68,12 @@ impl Control {
             meter,
             budget: None,
             windows: Windows::default(),
+            kept: HashMap::new(),
+            thinned: 0,
             opened_ns: monotonic_ns(),
+            closed_ns: monotonic_ns(),
             unbroken: true,
+            missed_while_unbroken: None,
             told_of_long_window: false,
             due: Instant::now(),
         }
@@ -61,7 +81,7 @@ impl Control {
 
     /// The probes are in place, and count.
     pub fn begin(&mut self, watch: &mut Watch) -> Result<(), SessionError> {
-        self.opened_ns = watch.began_ns;
+        (self.opened_ns, self.closed_ns) = (watch.began_ns, watch.began_ns);
         // Without a probe, there is nothing to be unbroken.
         self.unbroken = watch.probes() > 0;
         let Some(limit) = self.method.limit() else { return Ok(()) };
@@ -84,6 +104,7 @@ impl Control {
             Method::Pages { one_in } => Mode::Pages { one_in },
             Method::Windows { .. } => Mode::Windows,
             Method::Auto { .. } if self.unbroken => Mode::Exact,
+            Method::Auto { .. } if self.windows.count() >= ENOUGH_WINDOWS => Mode::Windows,
             Method::Auto { one_in, .. } => Mode::Pages { one_in },
         }
     }
@@ -115,6 +136,14 @@ impl Control {
         Ok(step)
     }
 
+    /// Losses, without releases that were missed because nothing was watched at the time.
+    pub fn without_expected(&self, mut losses: Losses) -> Losses {
+        if let Some(unexpected) = self.missed_while_unbroken {
+            losses[Loss::FreesMissed as usize] = unexpected;
+        }
+        losses
+    }
+
     /// Brings the probes back.
     pub fn open(&mut self, watch: &mut Watch) -> Result<(), SessionError> {
         let Some(budget) = &mut self.budget else { return Ok(()) };
@@ -135,7 +164,12 @@ impl Control {
 
     /// Takes the probes away. What was counted is still in the kernel's maps: see [`Self::keep`].
     pub fn close(&mut self, watch: &mut Watch) -> Result<Window, SessionError> {
-        let window = Window { opened_ns: self.opened_ns, closed_ns: monotonic_ns() };
+        let window = Window {
+            since_ns: self.closed_ns,
+            opened_ns: self.opened_ns,
+            closed_ns: monotonic_ns(),
+        };
+        self.closed_ns = window.closed_ns;
         watch.kernel.count_calls(false)?;
         watch.take_all_away();
         if let Some(budget) = &mut self.budget {
@@ -146,6 +180,10 @@ impl Control {
         if self.unbroken || self.told_of_long_window {
             let text = self.why_closed(watch, window)?;
             watch.note(None, text);
+        }
+        if self.missed_while_unbroken.is_none() {
+            let losses = watch.kernel.counts()?.losses;
+            self.missed_while_unbroken = Some(losses[Loss::FreesMissed as usize]);
         }
         self.unbroken = false;
         Ok(window)
@@ -169,7 +207,8 @@ impl Control {
         ))
     }
 
-    /// Takes what a closed window has counted out of the kernel's maps.
+    /// Takes what a closed window has counted out of the kernel's maps, but for what survived it: a
+    /// later window shows whether that goes.
     pub fn keep(
         &mut self,
         window: Window,
@@ -178,6 +217,8 @@ impl Control {
     ) -> Result<(), SessionError> {
         // Whoever has a site keeps its place.
         watch.listed = watch.lives.len();
+        // What begins with less than a moment's credit says more of the moment than of survival.
+        let told = window.closed_ns.saturating_sub(window.opened_ns) >= SHORTEST_TOLD;
         let mut seen = Tallies::new(window, watch, sites);
         watch
             .kernel
@@ -187,19 +228,47 @@ impl Control {
                 value.allocated_count > 0
             })
             .map_err(failed("SITES"))?;
+        let mut still_there: HashMap<SiteId, u64> = HashMap::new();
+        let mut kept: HashMap<SiteId, u64> = HashMap::new();
+        let thinned = self.thinned;
         watch
             .kernel
             .blocks
             .take(|key, block| {
-                seen.block(key, block);
-                true
+                let is_old = block.born_ns < window.opened_ns;
+                let survived = seen.block(key, block);
+                if !(is_old || survived && told) {
+                    return true;
+                }
+                let Some(site) = seen.living_site(key.owner, block.stack) else { return true };
+                if is_old {
+                    *still_there.entry(site).or_default() += 1;
+                }
+                let is_kept = chosen(key, thinned);
+                if is_kept {
+                    *kept.entry(site).or_default() += 1;
+                }
+                !is_kept
             })
             .map_err(failed("BLOCKS"))?;
+        for (&site, &before) in &self.kept {
+            // The end of a process is no release.
+            let life = seen.sites.process(site).and_then(|id| watch.lives.get(id.0));
+            if life.is_some_and(|life| !life.ended()) {
+                let after = still_there.get(&site).copied().unwrap_or(0);
+                let seen = seen.by_site.entry(site).or_default();
+                seen.kept_count = before;
+                seen.gone_count = before.saturating_sub(after);
+            }
+        }
         let seen = seen.by_site;
-        // What begins with less than a moment's credit says more of the moment than of survival.
-        if window.closed_ns.saturating_sub(window.opened_ns) >= SHORTEST_TOLD {
+        if told {
             self.windows.add(window, seen);
         }
+        if kept.values().sum::<u64>() > MOST_KEPT {
+            self.thinned += 1;
+        }
+        self.kept = kept;
         Ok(())
     }
 
@@ -215,7 +284,8 @@ impl Control {
             && (!self.unbroken || matches!(self.method, Method::Windows { .. }));
         let mut all = None;
         if open {
-            let window = Window { opened_ns: self.opened_ns, closed_ns: now_ns };
+            let window =
+                Window { since_ns: self.closed_ns, opened_ns: self.opened_ns, closed_ns: now_ns };
             let mut seen = Tallies::new(window, watch, sites);
             for entry in watch.kernel.sites.walk() {
                 let (key, value) = entry.map_err(failed("SITES"))?;
@@ -231,7 +301,7 @@ impl Control {
             all = Some(windows);
         }
         let windows = all.as_ref().unwrap_or(&self.windows);
-        let facts = (!windows.is_empty()).then(|| windows.facts(session_ns));
+        let facts = (windows.count() > 0).then(|| windows.facts(session_ns));
         Ok((windows.estimates(session_ns).collect(), facts))
     }
 }
@@ -264,18 +334,31 @@ impl<'a> Tallies<'a> {
         }
     }
 
-    fn block(&mut self, key: &BlockKey, block: &Block) {
+    /// Whether the block has survived the window.
+    fn block(&mut self, key: &BlockKey, block: &Block) -> bool {
         let early = self.window.opened_ns..self.window.middle_ns();
-        // What a process has when it ends goes with it.
-        let lives = |life: &ProcessId| self.watch.lives.get(life.0).is_some_and(|it| !it.ended());
-        if early.contains(&block.born_ns)
-            && self.watch.by_owner.get(&key.owner).is_some_and(lives)
-            && let Some(seen) = self.of(key.owner, block.stack)
-        {
-            seen.survived_bytes = seen.survived_bytes.saturating_add(block.size_bytes);
-            seen.survived_count = seen.survived_count.saturating_add(1);
+        if !early.contains(&block.born_ns) {
+            return false;
         }
+        let Some(site) = self.living_site(key.owner, block.stack) else { return false };
+        let seen = self.by_site.entry(site).or_default();
+        seen.survived_bytes = seen.survived_bytes.saturating_add(block.size_bytes);
+        seen.survived_count = seen.survived_count.saturating_add(1);
+        true
     }
+
+    /// The site of a process that lives: what a process has when it ends goes with it.
+    fn living_site(&mut self, owner: Owner, stack: StackId) -> Option<SiteId> {
+        let life = *self.watch.by_owner.get(&owner)?;
+        self.watch.lives.get(life.0).filter(|life| !life.ended())?;
+        Some(self.sites.of(&self.watch.lives, life, stack, SiteKind::Survivor).0)
+    }
+}
+
+/// One block in 2^n, always the same ones (Fibonacci hashing: Knuth, TAOCP 3, 6.4).
+fn chosen(key: &BlockKey, thinned: u32) -> bool {
+    let hash = key.address.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    thinned == 0 || hash >> (64 - thinned.min(63)) == 0
 }
 
 fn failed(map: &'static str) -> impl Fn(std::io::Error) -> KernelError {

@@ -64,7 +64,7 @@ use crate::{
         launch::{LaunchError, LaunchedProgram, exit_code, launch},
         select::{SelectError, Selector, select},
     },
-    profile::{Mode, Profile, SiteKind, Symbol},
+    profile::{Profile, SiteKind, Symbol},
     recording,
     report::{self, ReportOptions},
     symbolize::perf_map::PerfMap,
@@ -609,7 +609,7 @@ impl Session<'_> {
             }
         }
         let counts = watch.kernel.counts()?;
-        let mut losses = loss_names(&counts.losses);
+        let mut losses = loss_names(&self.control.without_expected(counts.losses));
         let mut add = |name: &str, count: u64| {
             let total: &mut u64 = losses.entry(name.to_owned()).or_default();
             *total = total.saturating_add(count);
@@ -657,7 +657,7 @@ impl Session<'_> {
         self.watch.look_at_pages(true);
         // For those that were not there when they were looked at first.
         self.watch.look_at_pages(true);
-        if let Mode::Pages { one_in } = self.control.mode() {
+        if let Some(one_in) = self.config.method.page_interval() {
             self.watch.compare_with_the_kernels_account(one_in);
         }
         let mut profile = self.profile(true, now_ns)?;

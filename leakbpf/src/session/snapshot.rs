@@ -230,6 +230,10 @@ impl Sites {
         Ok(Census { sites, stacks_missing })
     }
 
+    pub fn process(&self, id: SiteId) -> Option<ProcessId> {
+        self.sites.get(id.0).map(|site| site.process)
+    }
+
     fn blank(&self, id: SiteId) -> Option<Site> {
         let known = self.sites.get(id.0)?;
         Some(Site {
