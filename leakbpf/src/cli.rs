@@ -178,8 +178,8 @@ pub struct BenchFloorArgs {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum ModeArg {
-    /// Every block, while that costs no more than --max-overhead; else resident memory by the code
-    /// that touched it first, and windows
+    /// Every block, while that costs no more than --max-overhead; else windows, and resident memory
+    /// by the code that touched it first
     Auto,
     /// Every block
     Exact,
@@ -188,7 +188,8 @@ pub enum ModeArg {
     /// Resident memory by the code that touched it first, from one page in some: any language and
     /// allocator, at next to no cost
     Pages,
-    /// Every block, for short times with long ones between them: what survives them, by site
+    /// Every block, for short times with long ones between them: what is live is estimated from what
+    /// survives them
     Windows,
 }
 

@@ -196,8 +196,8 @@ impl Control {
         let what = match self.method {
             Method::Windows { .. } => "from here on probes are in place for short windows",
             _ => {
-                "from here on the numbers are resident memory by who touched it first, and what \
-                 survives short windows"
+                "from here on probes are in place for short windows, and the numbers are resident \
+                 memory by who touched it first, and, after some windows, what survives them"
             }
         };
         Ok(format!(
