@@ -22,7 +22,7 @@ mkfifo "$work/go"
 "$here/blocks" <"$work/go" >"$work/truth" &
 program=$!
 exec 3>"$work/go"
-"$here/leakbpf" record -p $program --blocks --interval 1h -o "$work/report.json" >"$work/table" 2>"$work/messages" &
+"$here/leakbpf" record -p $program --mode exact --blocks --interval 1h -o "$work/report.json" >"$work/table" 2>"$work/messages" &
 agent=$!
 
 if waits 60 grep -q '^leakbpf: attached' "$work/messages"; then

@@ -132,6 +132,7 @@ impl Run {
                     let (address, size) = line.split_once(' ').context("truth")?;
                     run.truth.insert(address.parse()?, size.parse()?);
                 }
+                "stacks" if line.is_empty() => {}
                 "stacks" => {
                     let (program, stack) = line.split_once(' ').context("stacks")?;
                     // A program can be loaded twice, for the two kinds of links.
