@@ -51,6 +51,8 @@ pub struct Control {
     /// One in 2^n of them is kept there.
     thinned: u32,
     opened_ns: u64,
+    /// What had been spent then.
+    opened_spent_ns: u64,
     /// When the last window was closed.
     closed_ns: u64,
     /// Nothing was missed since the session began.
@@ -71,6 +73,7 @@ impl Control {
             kept: HashMap::new(),
             thinned: 0,
             opened_ns: monotonic_ns(),
+            opened_spent_ns: 0,
             closed_ns: monotonic_ns(),
             unbroken: true,
             missed_while_unbroken: None,
@@ -157,6 +160,7 @@ impl Control {
         self.opened_ns = monotonic_ns();
         self.told_of_long_window = false;
         let now = self.meter.read(watch)?;
+        self.opened_spent_ns = now.spent_ns;
         budget.opened(now, placing);
         self.due = Instant::now() + budget.look_again_after(now);
         Ok(())
@@ -191,8 +195,7 @@ impl Control {
 
     fn why_closed(&self, watch: &mut Watch, window: Window) -> Result<String, SessionError> {
         let time = window.closed_ns.saturating_sub(window.opened_ns);
-        let cost = self.meter.cost(watch, self.method)?;
-        let share = cost.share().map_or(0.0, |share| share * 100.0);
+        let spent = self.meter.read(watch)?.spent_ns.saturating_sub(self.opened_spent_ns);
         let what = match self.method {
             Method::Windows { .. } => "from here on probes are in place for short windows",
             _ => {
@@ -201,9 +204,10 @@ impl Control {
             }
         };
         Ok(format!(
-            "every allocation was counted for {}; the session has cost {share:.1} % of the \
-             processes' own time so far: {what}",
-            report::duration(time)
+            "every allocation was counted for {}, which cost the processes {} of processor time, \
+             more than they may pay: {what}",
+            report::duration(time),
+            report::duration(spent)
         ))
     }
 
