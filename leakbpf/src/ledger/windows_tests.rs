@@ -163,7 +163,7 @@ fn an_interval_holds_what_is_there_at_the_end() {
             for (at, seen) in opened.iter().zip(&seen) {
                 let ns = |ms: f64| (ms * MS as f64) as u64;
                 let window = Window {
-                    since_ns: ns(at - 5000.0 + length).max(0),
+                    since_ns: ns(at - 5000.0 + length),
                     opened_ns: ns(*at),
                     closed_ns: ns(at + length),
                 };

@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     io,
     num::NonZeroU32,
-    os::fd::{AsFd as _, OwnedFd},
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
     path::Path,
     sync::Arc,
 };
@@ -454,6 +454,14 @@ impl Kernel {
         Ok(())
     }
 
+    /// Runs of the programs on mapping calls that the kernel has left out: where it preempts, a call
+    /// that begins while another one's program waits on the same CPU goes unseen
+    /// (kernel/bpf/trampoline.c, `__bpf_prog_enter_recur`).
+    pub fn mappings_missed(&self) -> u64 {
+        let programs = MAPPING_BEGINS.iter().chain(&MAPPING_ENDS).map(|(program, _)| *program);
+        programs.map(|name| self.ebpf.program(name).map_or(0, missed_runs)).sum()
+    }
+
     /// Places probes in a file, with one link if the kernel can do that. `pid` limits them to one
     /// process, through one of its threads; without it, every process that maps the file gets them.
     pub fn place(
@@ -597,6 +605,26 @@ fn load_multi(ebpf: &Ebpf) -> HashMap<Program, OwnedFd> {
     Program::ALL.into_iter().zip(loaded).collect()
 }
 
+/// Runs of a program that the kernel has left out; none are known of one that is not loaded.
+fn missed_runs(program: &aya::programs::Program) -> u64 {
+    let fd = match program {
+        aya::programs::Program::FEntry(program) => program.fd(),
+        aya::programs::Program::FExit(program) => program.fd(),
+        _ => return 0,
+    };
+    let Ok(fd) = fd else { return 0 };
+    let path = format!("/proc/self/fdinfo/{}", fd.as_fd().as_raw_fd());
+    std::fs::read_to_string(path).map_or(0, |text| recursion_misses(&text))
+}
+
+/// From what the kernel writes of a program's descriptor (kernel/bpf/syscall.c,
+/// `bpf_prog_show_fdinfo`).
+fn recursion_misses(fdinfo: &str) -> u64 {
+    let mut lines = fdinfo.lines();
+    let value = lines.find_map(|line| line.strip_prefix("recursion_misses:"));
+    value.and_then(|number| number.trim().parse().ok()).unwrap_or(0)
+}
+
 fn take_map(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, KernelError> {
     ebpf.take_map(name).ok_or_else(|| KernelError::Load(format!("the object has no map {name}")))
 }
@@ -635,6 +663,14 @@ mod tests {
             .instructions
             .iter()
             .any(|instruction| [instruction.dst_reg(), instruction.src_reg()].contains(&10))
+    }
+
+    #[test]
+    fn missed_runs_are_read_from_what_the_kernel_writes() {
+        let text = "prog_type:\t26\nrun_cnt:\t0\nrecursion_misses:\t75852\nverified_insns:\t9\n";
+        assert_eq!(super::recursion_misses(text), 75_852);
+        assert_eq!(super::recursion_misses("prog_type:\t26\n"), 0);
+        assert_eq!(super::recursion_misses("recursion_misses:\tmany\n"), 0);
     }
 
     #[test]

@@ -39,6 +39,13 @@ const MOST_KEPT: u64 = 1 << 17;
 /// From then on a window is worth a word.
 const LONG_WINDOW: Duration = Duration::from_secs(10);
 
+/// What survived windows, taken for the whole session.
+pub struct Survivors {
+    pub sites: Vec<(SiteId, Counters)>,
+    /// None when there was no window.
+    pub windows: Option<profile::Windows>,
+}
+
 type Losses = [u64; Loss::ALL.len()];
 
 pub struct Control {
@@ -282,7 +289,7 @@ impl Control {
         watch: &mut Watch,
         sites: &mut Sites,
         now_ns: u64,
-    ) -> Result<(Vec<(SiteId, Counters)>, Option<profile::Windows>), SessionError> {
+    ) -> Result<Survivors, SessionError> {
         let session_ns = now_ns.saturating_sub(watch.began_ns);
         let open = self.budget.as_ref().is_some_and(Budget::is_open)
             && (!self.unbroken || matches!(self.method, Method::Windows { .. }));
@@ -305,8 +312,10 @@ impl Control {
             all = Some(windows);
         }
         let windows = all.as_ref().unwrap_or(&self.windows);
-        let facts = (windows.count() > 0).then(|| windows.facts(session_ns));
-        Ok((windows.estimates(session_ns).collect(), facts))
+        Ok(Survivors {
+            sites: windows.estimates(session_ns).collect(),
+            windows: (windows.count() > 0).then(|| windows.facts(session_ns)),
+        })
     }
 }
 

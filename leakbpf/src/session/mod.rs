@@ -580,12 +580,12 @@ impl Session<'_> {
         let watch = &mut self.watch;
         watch.listed = watch.lives.len();
         let mode = self.control.mode();
-        let (survivors, windows) = self.control.survivors(watch, &mut self.sites, now_ns)?;
+        let survivors = self.control.survivors(watch, &mut self.sites, now_ns)?;
         let view = View {
             mode,
             method: self.config.method,
             filter: self.config.filter,
-            survivors: &survivors,
+            survivors: &survivors.sites,
         };
         let mut census =
             self.sites.census(view, &watch.kernel, &watch.lives, &watch.by_owner, now_ns)?;
@@ -623,6 +623,7 @@ impl Session<'_> {
         add("blocks_full", watch.pages_full);
         add("stacks_lost", census.stacks_missing);
         add("mappings_unmatched", watch.mapping_losses);
+        add("mappings_missed", watch.kernel.mappings_missed());
         add("children_seen_late", watch.children_seen_late);
         add("probes_moved", watch.probes_moved);
         let unwinding = watch.unwinding.losses();
@@ -641,7 +642,7 @@ impl Session<'_> {
             losses,
             events: watch.events.clone(),
             finished,
-            windows,
+            windows: survivors.windows,
             page_interval: self.config.method.page_interval(),
             cost: self.control.meter.cost(&mut self.watch, self.config.method)?,
         })
