@@ -10,7 +10,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
-use leakbpf::profile::{BlockFilter, Mode, Profile, SiteKind, StackOutcome};
+use leakbpf::profile::{BlockFilter, Cost, Mode, Profile, SiteKind, StackOutcome, Windows};
 use leakbpf::recording::{LoadOptions, Reader, SessionFacts, Writer};
 use leakbpf::report::{self, Format, ReportOptions, Sort};
 use libfuzzer_sys::arbitrary::{self, Unstructured};
@@ -36,7 +36,6 @@ static PLACE: LazyLock<Place> = LazyLock::new(|| {
         tempfile::Builder::new().prefix("leakbpf-fuzz-").tempdir().expect("a directory").keep();
     let path = directory.join("template");
     let facts = SessionFacts {
-        mode: Mode::Exact,
         started_unix_ns: 1_700_000_000_000_000_000,
         kernel: "6.1.0".to_owned(),
         hostname: "host".to_owned(),
@@ -54,6 +53,9 @@ static PLACE: LazyLock<Place> = LazyLock::new(|| {
         blocks: Vec::new(),
         losses: Default::default(),
         events: Vec::new(),
+        windows: Some(Windows::default()),
+        page_interval: Some(16),
+        cost: Cost { limit_ppm: Some(10_000), ..Cost::default() },
     };
     let writer = Writer::create(&path, &facts).expect("a recording");
     writer.finish(&empty, []).expect("a recording");
@@ -180,6 +182,19 @@ const TABLES: [(&str, &[Column]); 11] = [
 
 const BLOCK: (&str, &[Column]) = ("block", &[Reference, Number, Number, Number]);
 
+/// Facts of the session that reports compute with.
+const FACTS: [&str; 9] = [
+    "one_in",
+    "sample_interval_bytes",
+    "page_interval",
+    "windows",
+    "windows_open_ns",
+    "windows_early_ns",
+    "survived_bytes_variance",
+    "target_cpu_ns",
+    "spent_ns",
+];
+
 /// Makes a recording of rows that the input states.
 fn fill(data: &[u8]) -> Result<(), Box<dyn std::error::Error>> {
     let mut input = Unstructured::new(data);
@@ -188,6 +203,19 @@ fn fill(data: &[u8]) -> Result<(), Box<dyn std::error::Error>> {
     database.execute_batch(
         "PRAGMA journal_mode = off; PRAGMA synchronous = off; BEGIN; DELETE FROM snapshot;",
     )?;
+    let mode = ["exact", "pages", "sample", "windows"][usize::from(input.arbitrary::<u8>()?) % 4];
+    let mut fact = database.prepare("INSERT OR REPLACE INTO meta VALUES (?, ?)")?;
+    fact.execute(["mode", mode])?;
+    for key in FACTS {
+        let text = match input.arbitrary::<u8>()? {
+            0..=99 => input.arbitrary::<u16>()?.to_string(),
+            100..=179 => input.arbitrary::<u64>()?.to_string(),
+            180..=239 => input.arbitrary::<f64>()?.to_string(),
+            _ => input.arbitrary::<&str>()?.to_owned(),
+        };
+        fact.execute([key, &text])?;
+    }
+    drop(fact);
     for (table, columns) in TABLES.into_iter().chain([BLOCK]) {
         let marks = vec!["?"; columns.len()].join(", ");
         let mut insert =
@@ -245,7 +273,9 @@ fn value(
             0..=99 => Value::Null,
             _ => value(input, *column, list, row)?,
         },
-        Kind => Value::Text(SiteKind::ALL[usize::from(choice) % 4].name().to_owned()),
+        Kind => {
+            Value::Text(SiteKind::ALL[usize::from(choice) % SiteKind::ALL.len()].name().to_owned())
+        }
         Outcome => Value::Text(StackOutcome::ALL[usize::from(choice) % 10].name().to_owned()),
         Flag => Value::Integer(i64::from(!choice.is_multiple_of(4))),
     })

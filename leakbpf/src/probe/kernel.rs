@@ -520,23 +520,10 @@ impl Kernel {
             .map_err(|error| failed(error.to_string()))
     }
 
-    /// Begins or stops counting.
+    /// Begins or stops counting. After stopping, no program is in the middle of anything.
     pub fn enable(&self, on: bool) -> Result<(), KernelError> {
-        self.control(on, on)
-    }
-
-    /// Begins or stops counting calls of allocators; whatever else is seen goes on.
-    pub fn count_calls(&self, on: bool) -> Result<(), KernelError> {
-        self.control(true, on)
-    }
-
-    /// After stopping, no program is in the middle of anything.
-    fn control(&self, enabled: bool, calls: bool) -> Result<(), KernelError> {
-        let control = Control { enabled: enabled.into(), calls: calls.into() };
-        self.control
-            .set(&0, control)
-            .map_err(|source| KernelError::Map { map: "CONTROL", source })?;
-        if !enabled || !calls {
+        self.control(on, on)?;
+        if !on {
             // membarrier(2), MEMBARRIER_CMD_GLOBAL: waits for an RCU grace period, and programs
             // run inside RCU read sections.
             // SAFETY: no pointers are passed.
@@ -547,6 +534,17 @@ impl Kernel {
             }
         }
         Ok(())
+    }
+
+    /// Begins or stops counting calls of allocators; whatever else is seen goes on. After stopping,
+    /// a program may be in the middle of a call.
+    pub fn count_calls(&self, on: bool) -> Result<(), KernelError> {
+        self.control(true, on)
+    }
+
+    fn control(&self, enabled: bool, calls: bool) -> Result<(), KernelError> {
+        let control = Control { enabled: enabled.into(), calls: calls.into() };
+        self.control.set(&0, control).map_err(|source| KernelError::Map { map: "CONTROL", source })
     }
 
     /// What the programs at allocator functions have cost so far.

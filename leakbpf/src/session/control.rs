@@ -292,6 +292,7 @@ impl Control {
     ) -> Result<Survivors, SessionError> {
         let session_ns = now_ns.saturating_sub(watch.began_ns);
         let open = self.budget.as_ref().is_some_and(Budget::is_open)
+            && watch.probes() > 0
             && (!self.unbroken || matches!(self.method, Method::Windows { .. }));
         let mut all = None;
         if open {
