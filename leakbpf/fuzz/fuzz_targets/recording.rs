@@ -139,6 +139,7 @@ enum Column {
     Position,
     Reference,
     Number,
+    Real,
     Text,
     Optional(&'static Column),
     Kind,
@@ -146,7 +147,7 @@ enum Column {
     Flag,
 }
 
-use Column::{Flag, Id, Kind, List, Number, Optional, Outcome, Position, Reference, Text};
+use Column::{Flag, Id, Kind, List, Number, Optional, Outcome, Position, Real, Reference, Text};
 
 /// The tables in `schema.sql`, but for `meta`.
 const TABLES: [(&str, &[Column]); 11] = [
@@ -174,6 +175,10 @@ const TABLES: [(&str, &[Column]); 11] = [
             Number,
             Optional(&Number),
             Optional(&Number),
+            Optional(&Number),
+            Optional(&Number),
+            Optional(&Real),
+            Optional(&Real),
         ],
     ),
     ("loss", &[Text, Reference, Number]),
@@ -264,6 +269,10 @@ fn value(
             100..=199 => Value::Integer(input.arbitrary::<u32>()?.into()),
             200..=239 => Value::Integer(input.arbitrary()?),
             _ => Value::Integer(i64::MAX),
+        },
+        Real => match choice {
+            0..=199 => Value::Real(f64::from(choice) * 1e6),
+            _ => Value::Real(input.arbitrary()?),
         },
         Text => match choice {
             0..=199 => Value::Text(format!("{}{}", char::from(choice), row)),
