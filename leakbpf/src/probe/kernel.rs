@@ -33,7 +33,10 @@ use super::{
     tables::Table,
     unwind_maps::UnwindMaps,
 };
-use crate::{preflight::tracepoint::TracepointFormat, process::tracefs};
+use crate::{
+    preflight::tracepoint::TracepointFormat,
+    process::{host, tracefs},
+};
 
 static OBJECT: &[u8] = include_bytes_aligned!("../../bpf/leakbpf.bpf.o");
 
@@ -420,7 +423,7 @@ impl Kernel {
     }
 
     /// Attaches what tells of anonymous mappings: to the kernel's functions where it allows that
-    /// (BTF, ftrace), which costs other system calls nothing, else to tracepoints.
+    /// (BTF, ftrace) and leaves none out, which costs other system calls nothing, else to tracepoints.
     pub fn attach_mapping_events(&mut self) -> Result<MappingEvents, KernelError> {
         if self.attach_mapping_functions().is_ok() {
             return Ok(MappingEvents::Functions);
@@ -430,7 +433,16 @@ impl Kernel {
     }
 
     /// As [`Self::attach_mapping_events`], by the kernel's functions only.
+    ///
+    /// A kernel that preempts itself leaves runs of programs on functions out: see
+    /// [`Self::mappings_missed`]. Those on tracepoints it does not interrupt.
     pub fn attach_mapping_functions(&mut self) -> Result<(), KernelError> {
+        if host::kernel_preempts() {
+            return Err(KernelError::Load(
+                "this kernel preempts itself, and leaves out runs of programs on its functions"
+                    .to_owned(),
+            ));
+        }
         let btf = Btf::from_sys_fs().map_err(load_error)?;
         let failed = |program| {
             move |error: aya::programs::ProgramError| KernelError::Program {

@@ -196,13 +196,14 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
         Some(Ok(MappingEvents::Tracepoints)) => watch.note(
             None,
             "mappings are seen through system call tracepoints, which slow every system call of \
-             the machine down a little: the kernel refuses programs on its functions (fentry)"
+             the machine down a little: the kernel refuses programs on its functions (fentry), \
+             or leaves some out, since it preempts itself"
                 .to_owned(),
         ),
         Some(Err(_)) if config.method != Method::Exact => watch.note(
             None,
             "where blocks are counted, mappings are not: without programs on its functions \
-             (fentry), this kernel shows them only by slowing every system call of the machine down"
+             (fentry) that it always runs, this kernel shows them only by slowing every system call of the machine down"
                 .to_owned(),
         ),
         Some(Err(error)) => {
