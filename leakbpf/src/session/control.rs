@@ -58,6 +58,8 @@ pub struct Control {
     /// One in 2^n of them is kept there.
     thinned: u32,
     opened_ns: u64,
+    /// Some were placed then.
+    has_probes: bool,
     /// What had been spent then.
     opened_spent_ns: u64,
     /// When the last window was closed.
@@ -80,6 +82,7 @@ impl Control {
             kept: HashMap::new(),
             thinned: 0,
             opened_ns: monotonic_ns(),
+            has_probes: false,
             opened_spent_ns: 0,
             closed_ns: monotonic_ns(),
             unbroken: true,
@@ -92,8 +95,9 @@ impl Control {
     /// The probes are in place, and count.
     pub fn begin(&mut self, watch: &mut Watch) -> Result<(), SessionError> {
         (self.opened_ns, self.closed_ns) = (watch.began_ns, watch.began_ns);
+        self.has_probes = watch.probes() > 0;
         // Without a probe, there is nothing to be unbroken.
-        self.unbroken = watch.probes() > 0;
+        self.unbroken = self.has_probes;
         let Some(limit) = self.method.limit() else { return Ok(()) };
         let longest = match self.method {
             Method::Windows { .. } => Some(LONGEST_WINDOW),
@@ -165,6 +169,7 @@ impl Control {
         watch.place_all();
         let placing = cpu_time::of_this_thread().saturating_sub(before);
         self.opened_ns = monotonic_ns();
+        self.has_probes = watch.probes() > 0;
         self.told_of_long_window = false;
         let now = self.meter.read(watch)?;
         self.opened_spent_ns = now.spent_ns;
@@ -292,7 +297,7 @@ impl Control {
     ) -> Result<Survivors, SessionError> {
         let session_ns = now_ns.saturating_sub(watch.began_ns);
         let open = self.budget.as_ref().is_some_and(Budget::is_open)
-            && watch.probes() > 0
+            && self.has_probes
             && (!self.unbroken || matches!(self.method, Method::Windows { .. }));
         let mut all = None;
         if open {
