@@ -306,6 +306,15 @@ fn write_events(profile: &Profile, out: &mut dyn Write) -> io::Result<()> {
     Ok(())
 }
 
+/// What is counted at a site.
+const fn noun(kind: SiteKind) -> &'static str {
+    match kind {
+        SiteKind::Heap | SiteKind::Survivor => "block",
+        SiteKind::Resident => "page",
+        SiteKind::Mapping | SiteKind::ThreadStack | SiteKind::AllocatorMapping => "mapping",
+    }
+}
+
 struct Table<'a> {
     profile: &'a Profile,
     options: &'a ReportOptions,
@@ -327,8 +336,12 @@ impl Table<'_> {
         let rest = sites.get(top..).unwrap_or_default();
         if !rest.is_empty() {
             let mut sum = Counters::default();
+            let mut noun_of_all = rest.first().map_or("block", |(_, site)| noun(site.kind));
             for (_, site) in rest {
                 sum.add(&site.counters);
+                if noun(site.kind) != noun_of_all {
+                    noun_of_all = self.profile.mode.noun();
+                }
             }
             writeln!(
                 out,
@@ -336,7 +349,7 @@ impl Table<'_> {
                 units::count(rest.len() as u64, "more site"),
                 units::bytes(sum.live_bytes),
                 units::percent(sum.live_bytes, whole_bytes),
-                units::count(sum.live_count, self.profile.mode.noun()),
+                units::count(sum.live_count, noun_of_all),
                 sites.len()
             )?;
         }
@@ -352,11 +365,7 @@ impl Table<'_> {
         out: &mut dyn Write,
     ) -> io::Result<()> {
         let counters = &site.counters;
-        let noun = match site.kind {
-            SiteKind::Heap | SiteKind::Survivor => "block",
-            SiteKind::Resident => "page",
-            SiteKind::Mapping | SiteKind::ThreadStack | SiteKind::AllocatorMapping => "mapping",
-        };
+        let noun = noun(site.kind);
         let head = format!(
             "#{rank:<3} {:>10}  {:>6}  {} bytes in {}",
             units::bytes(counters.live_bytes),
