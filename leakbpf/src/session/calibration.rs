@@ -7,7 +7,7 @@ use std::{
 
 use crate::{
     probe::{
-        attach::Site,
+        attach::{Link, Site},
         kernel::{Kernel, Program},
     },
     process::{Pid, mapped_file::MappedFile, maps::Maps},
@@ -35,8 +35,9 @@ unsafe extern "C" {
     fn leakbpf_calibration_function();
 }
 
-/// Mean time that a probe at a function's entry or end takes, with an empty program.
-pub fn trap(kernel: &mut Kernel) -> Option<Duration> {
+/// Mean time that a probe at a function's entry or end takes, with an empty program; and the probes
+/// that showed it, which take their time to go.
+pub fn trap(kernel: &mut Kernel) -> Option<(Duration, Vec<Link>)> {
     let own = Pid::current();
     let address = leakbpf_calibration_function as *const () as u64;
     let maps = Maps::of(own).ok()?;
@@ -47,12 +48,15 @@ pub fn trap(kernel: &mut Kernel) -> Option<Duration> {
     let pid = NonZeroU32::new(own.0);
     let untraced = time_a_call();
     let site = [Site { file_offset: offset, cookie: 0 }];
-    let probes =
-        [Program::EmptyLeave, Program::EmptyEnter].map(|it| kernel.place(it, &path, &site, pid));
-    if probes.iter().any(|placing| placing.links.is_empty()) {
-        return None;
+    let mut links = Vec::new();
+    for program in [Program::EmptyLeave, Program::EmptyEnter] {
+        let placing = kernel.place(program, &path, &site, pid);
+        if !placing.refused.is_empty() {
+            return None;
+        }
+        links.extend(placing.links);
     }
-    Some(time_a_call().saturating_sub(untraced) / 2)
+    Some((time_a_call().saturating_sub(untraced) / 2, links))
 }
 
 /// That of the faster rounds, which nothing has interrupted.

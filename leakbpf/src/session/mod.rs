@@ -161,10 +161,12 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
         }
     }
     let mut meter = Meter::new(config.method);
+    let mut calibrated = Vec::new();
     if config.method.probes()
-        && let Some(trap) = calibration::trap(&mut kernel)
+        && let Some((trap, links)) = calibration::trap(&mut kernel)
     {
         meter.calibrate(trap);
+        calibrated = links;
     }
     let records = kernel.take_records()?;
     let (exits, mut exited) = mpsc::unbounded_channel();
@@ -180,6 +182,7 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
         max_pages: config.method.page_interval().map(|_| config.max_blocks as usize),
     };
     let mut watch = Watch::new(kernel, plans, scope, config.max_table_bytes, exits);
+    watch.let_go(calibrated);
     if config.cache {
         watch.modules.use_cache();
     }

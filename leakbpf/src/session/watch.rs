@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     ledger::ranges::{MappingLosses, Mappings},
-    probe::{kernel::Kernel, records::Record},
+    probe::{attach::Link, kernel::Kernel, records::Record},
     process::{
         Pid, cpu_time,
         exit::{ExitWatch, ExitWatchError},
@@ -636,6 +636,11 @@ impl Watch {
         self.probing = false;
         self.headless.clear();
         self.detach();
+    }
+
+    /// Closes links without waiting for it.
+    pub fn let_go(&mut self, links: Vec<Link>) {
+        self.detacher.detach(links);
     }
 
     /// Links that are still being closed.
