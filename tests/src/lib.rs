@@ -34,7 +34,9 @@ pub use scenario::{assert_exact, assert_exact_on, assert_exact_with_oracle};
 pub use services::{Service, free_port};
 pub use storm::{StormLog, assert_storm_explained};
 pub use target::Target;
-pub use traces::{BpfIds, links_of, text_differences, unwind_tables, wait_until_probed};
+pub use traces::{
+    BpfIds, links_of, text_differences, unwind_tables, wait_until_more_links, wait_until_probed,
+};
 
 /// `CLOCK_MONOTONIC` in nanoseconds: the clock of the kernel side and of the books.
 pub fn monotonic_ns() -> u64 {

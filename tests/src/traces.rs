@@ -13,6 +13,9 @@ const BPF_MAP_GET_FD_BY_ID: i32 = 14;
 const BPF_OBJ_GET_INFO_BY_FD: i32 = 15;
 const BPF_LINK_GET_FD_BY_ID: i32 = 30;
 
+/// An agent that has placed nothing for so long is done placing.
+const QUIET: Duration = Duration::from_millis(300);
+
 /// Compares all executable mappings of a process with the files that they map. One line for each
 /// run of bytes that differ; a breakpoint is one byte, `cc`.
 pub fn text_differences(pid: u32) -> Vec<String> {
@@ -57,7 +60,6 @@ pub fn text_differences(pid: u32) -> Vec<String> {
 /// Waits until breakpoints are seen in a library that the process has loaded while an agent was
 /// attached, and no more are added: the agent does not say when it is done with it.
 pub fn wait_until_probed(pid: u32, library: &str) {
-    const QUIET: Duration = Duration::from_millis(300);
     let deadline = Instant::now() + Duration::from_secs(10);
     let (mut count, mut since) = (0, Instant::now());
     while count == 0 || since.elapsed() < QUIET {
@@ -190,4 +192,18 @@ pub fn links_of(pid: u32, kind: &str) -> usize {
             })
         })
         .count()
+}
+
+/// Waits until an agent holds more links of a kind than before, and has added none for a while.
+pub fn wait_until_more_links(pid: u32, kind: &str, before: usize) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let (mut links, mut since) = (before, Instant::now());
+    while links <= before || since.elapsed() < QUIET {
+        let now = links_of(pid, kind);
+        if now != links {
+            (links, since) = (now, Instant::now());
+        }
+        assert!(Instant::now() < deadline, "still {now} {kind} links");
+        std::thread::park_timeout(Duration::from_millis(10));
+    }
 }

@@ -9,47 +9,51 @@
 extern char **environ;
 static const struct scenario scenarios[];
 static void *inherited[20];
-static int to_child[2];
+static int to_child[2], from_child[2];
 
 static void hold(int count, char **arguments) {
     (void)count, (void)arguments;
     for (int i = 0; i < 20; i++) require(inherited[i] = t_malloc(300 + (size_t)i));
 }
 
-/* The child frees half of what it inherits, makes blocks of its own and waits; so does the
- * parent. Says `child PID`. */
+/* A child that waits for `go_on`. Says `child PID`. */
 static void fork_and_wait(int count, char **arguments) {
     (void)count, (void)arguments;
-    int from_child[2];
     require(pipe(to_child) == 0 && pipe(from_child) == 0);
     pid_t child = fork();
     require(child >= 0);
     if (child == 0) {
         close(to_child[1]);
+        char byte;
+        /* Ends with the parent, too. */
+        if (read(to_child[0], &byte, 1) != 1) _exit(0);
         books_open_for_process(books_path());
         for (int i = 0; i < 20; i += 2) t_free(inherited[i]);
         for (int i = 0; i < 10; i++) t_malloc(4000 + (size_t)i);
         t_free(t_malloc(50));
         inherited[1] = t_realloc(inherited[1], 5000);
         if (write(from_child[1], "x", 1) != 1) _exit(1);
-        char byte;
-        /* Ends with the parent, too. */
         (void)!read(to_child[0], &byte, 1);
         _exit(0);
     }
     close(to_child[0]);
-    char byte;
+    say("child %d", (int)child);
+}
+
+/* The child frees half of what it inherits and makes blocks of its own; so does the parent. */
+static void go_on(int count, char **arguments) {
+    (void)count, (void)arguments;
+    char byte = 'x';
+    require(write(to_child[1], &byte, 1) == 1);
     require(read(from_child[0], &byte, 1) == 1);
     for (int i = 1; i < 20; i += 2) t_free(inherited[i]);
     for (int i = 0; i < 10; i++) t_malloc(6000 + (size_t)i);
-    say("child %d", (int)child);
 }
 
 /* As its first act the child makes blocks of 4100 to 4119 bytes and frees every other one. Says
  * `child PID`. */
 static void fork_at_once(int count, char **arguments) {
     (void)count, (void)arguments;
-    int from_child[2];
     require(pipe(to_child) == 0 && pipe(from_child) == 0);
     pid_t child = fork();
     require(child >= 0);
@@ -185,6 +189,7 @@ static void die(int count, char **arguments) {
 static const struct scenario scenarios[] = {
     {"hold", hold},
     {"fork", fork_and_wait},
+    {"go_on", go_on},
     {"forks", forks},
     {"fork_at_once", fork_at_once},
     {"vforks", vforks},

@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 
 use leakbpf_tests::{
     Allocator, Leakbpf, Target, assert_exact, assert_exact_with_oracle, assert_heap_equals,
-    c_program, wait_until_probed,
+    c_program, links_of, wait_until_more_links, wait_until_probed,
 };
 
 /// The agent says so once the probes hang on another thread.
@@ -16,8 +16,10 @@ fn a_forked_child_has_books_of_its_own() {
     let session = Leakbpf::record().pid(target.pid()).start();
     let attached_ns = session.attached_ns();
     target.run("hold");
-    let said = target.run("fork");
-    let child = child_of(&said);
+    let links = links_of(session.pid(), "perf");
+    let child = child_of(&target.run("fork"));
+    wait_until_more_links(session.pid(), "perf", links);
+    target.run("go_on");
     let (parents, childs) = (target.books(), target.books_of(child));
     let profile = session.stop();
     assert_heap_equals(&profile, target.pid(), &parents, attached_ns);
@@ -81,6 +83,7 @@ fn a_forked_child_is_not_followed_when_asked_not_to() {
     let attached_ns = session.attached_ns();
     target.run("hold");
     target.run("fork");
+    target.run("go_on");
     let books = target.books();
     let profile = session.stop();
     assert_heap_equals(&profile, target.pid(), &books, attached_ns);
