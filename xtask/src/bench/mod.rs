@@ -8,6 +8,7 @@ mod overhead;
 mod pair;
 mod program;
 mod scale;
+mod soak;
 mod stacks;
 mod table;
 mod tools;
@@ -85,6 +86,20 @@ enum Question {
         #[arg(last = true, value_name = "FLAGS")]
         further: Vec<String>,
     },
+    /// Whether the budget holds for long, under a load that changes every minute
+    Soak {
+        /// The program, of which two run
+        #[arg(long, default_value = "redis", value_parser = workload_parser(), value_name = "NAME")]
+        only: &'static Workload,
+        #[command(flatten)]
+        flags: Flags,
+        /// How long leakbpf watches
+        #[arg(long, default_value_t = 60, value_name = "N")]
+        minutes: u32,
+        /// Print the tables only
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// The load of the workload memcached, as a process of its own
     #[command(hide = true)]
     LoadMemcached { socket: PathBuf, milliseconds: u64 },
@@ -133,6 +148,11 @@ fn workload_parser() -> impl TypedValueParser<Value = &'static Workload> {
 }
 
 impl Choice {
+    /// Whether what is measured is all that the table in docs has.
+    fn is_whole(&self) -> bool {
+        !self.dry_run && self.only.is_empty()
+    }
+
     /// What was asked for, or else all of those kinds.
     fn workloads(&self, kinds: &[Kind]) -> Vec<&'static Workload> {
         if !self.only.is_empty() {
@@ -180,27 +200,30 @@ pub fn run(options: &Options) -> Result<()> {
 fn answer(question: &Question) -> Result<()> {
     setup::servers_and_profilers()?;
     let all = [Kind::Loop, Kind::Server, Kind::Job];
-    let (name, choice, tables) = match question {
+    // Some rows would replace all of them.
+    let (name, whole, tables) = match question {
         Question::Compare { choice, rounds, slice } => {
             let span = Duration::from_secs(*slice);
-            ("compare", choice, compare::run(&choice.workloads(&all), *rounds, span)?)
+            ("compare", choice.is_whole(), compare::run(&choice.workloads(&all), *rounds, span)?)
         }
         Question::Overhead { choice, flags, rounds, slice } => {
             let span = Duration::from_secs(*slice);
             let workloads = choice.workloads(&[Kind::Server, Kind::Job]);
-            ("overhead", choice, overhead::run(&workloads, *rounds, span, &flags.arguments())?)
+            ("overhead", choice.is_whole(), overhead::run(&workloads, *rounds, span, &flags.arguments())?)
         }
         Question::Leak { choice, mode, seconds, rate, further } => {
             let span = Duration::from_secs(*seconds);
             let workloads = choice.workloads(&[Kind::Server]);
-            ("leak", choice, leak::run(&workloads, mode, span, *rate, further)?)
+            ("leak", choice.is_whole(), leak::run(&workloads, mode, span, *rate, further)?)
+        }
+        Question::Soak { only, flags, minutes, dry_run } => {
+            ("soak", !dry_run, soak::run(only, *minutes, &flags.arguments())?)
         }
         Question::LoadMemcached { .. } => return Ok(()),
     };
     let content = format!("{}\n\n{tables}", machine());
     println!("{content}");
-    // Some rows would replace all of them.
-    if !choice.dry_run && choice.only.is_empty() {
+    if whole {
         table::insert(&shell::root().join("docs/benchmarks.md"), name, &content)?;
     }
     Ok(())

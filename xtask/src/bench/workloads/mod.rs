@@ -82,6 +82,9 @@ pub struct Dress {
 pub trait Load: Send {
     /// Loads it for about that long, at least one unit.
     fn run(&mut self, span: Duration) -> Result<Work>;
+
+    /// Which kind of work comes next, where there are several.
+    fn choose(&mut self, _kind: usize) {}
 }
 
 /// What was done.
@@ -212,12 +215,22 @@ impl Running {
         &self.place.group
     }
 
+    /// Which kind of work comes next, where the load has several.
+    pub fn choose(&mut self, kind: usize) {
+        self.load.choose(kind);
+    }
+
+    /// User and system time of all its processes so far.
+    pub fn cpu_seconds(&self) -> Result<f64> {
+        self.place.group.cpu_seconds()
+    }
+
     pub fn measure(&mut self, span: Duration) -> Result<Slice> {
-        let cpu_before = self.place.group.cpu_seconds()?;
+        let cpu_before = self.cpu_seconds()?;
         let begin = Instant::now();
         let work = self.load.run(span)?;
         let seconds = begin.elapsed().as_secs_f64();
-        let cpu_seconds = self.place.group.cpu_seconds()? - cpu_before;
+        let cpu_seconds = self.cpu_seconds()? - cpu_before;
         Ok(Slice { units: work.units, seconds, cpu_seconds, p99_us: work.p99_us })
     }
 

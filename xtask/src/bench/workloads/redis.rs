@@ -68,6 +68,10 @@ impl Load for Redis {
             }
         }
     }
+
+    fn choose(&mut self, kind: usize) {
+        self.pipeline = if kind == 0 { "1" } else { "16" };
+    }
 }
 
 impl Redis {
