@@ -102,6 +102,8 @@ pub struct Control {
     pub enabled: u64,
     /// 0: those at allocator functions do.
     pub calls: u64,
+    /// Bytes from one recorded block to the next, on average; 0: every block is recorded.
+    pub sample_interval: u64,
 }
 
 /// What the programs at allocator functions have cost; the only entry of the per-CPU cost map.
@@ -560,7 +562,7 @@ const _: () = {
     assert!(size_of::<SiteKey>() == 16);
     assert!(size_of::<SiteCounters>() == 40);
     assert!(size_of::<ProcessState>() == 24);
-    assert!(size_of::<Control>() == 16);
+    assert!(size_of::<Control>() == 24);
     assert!(size_of::<RecordHead>() == 24);
     assert!(size_of::<StackRecord>() == 24 + 24 + 8 * MAX_FRAMES);
     assert!(size_of::<MappingRecord>() == 24 + 48);

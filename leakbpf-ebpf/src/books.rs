@@ -20,12 +20,26 @@ use crate::{
 pub struct KernelBooks {
     /// The site that the next allocation is likely to be of.
     site: Option<(StackId, *mut SiteCounters)>,
+    /// Bytes from one recorded block to the next, on average; 0 where every block is.
+    sample_interval: u64,
 }
 
 impl KernelBooks {
     #[inline(always)]
-    pub const fn new() -> Self {
-        Self { site: None }
+    pub const fn new(sample_interval: u64) -> Self {
+        Self { site: None, sample_interval }
+    }
+
+    /// What a recorded block adds to its site.
+    #[inline(always)]
+    fn weight(&self, size_bytes: u64) -> Weight {
+        if settings::get(&settings::SAMPLES) == 0 {
+            return Weight { bytes: size_bytes, count: 1 };
+        }
+        match self.sample_interval {
+            0 => Weight::one(size_bytes),
+            interval => sampling::weight(size_bytes, interval),
+        }
     }
 
     /// Spares the look-up of a site that the capture has just looked up.
@@ -41,15 +55,6 @@ fn add(counter: *mut u64, value: u64) {
     // SAFETY: the callers pass fields of live map values, which are 8-byte aligned.
     unsafe {
         core::intrinsics::atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, value);
-    }
-}
-
-/// What a recorded block adds to its site.
-#[inline(always)]
-fn weight(size_bytes: u64) -> Weight {
-    match settings::get(&settings::SAMPLE_INTERVAL) {
-        0 => Weight { bytes: size_bytes, count: 1 },
-        interval => sampling::weight(size_bytes, interval.into()),
     }
 }
 
@@ -113,7 +118,7 @@ impl Books for KernelBooks {
         if let Some(site) = site {
             // SAFETY: field addresses of a live map value.
             unsafe {
-                let weight = weight(size_bytes);
+                let weight = self.weight(size_bytes);
                 add(&raw mut (*site).allocated_bytes, weight.bytes);
                 add(&raw mut (*site).allocated_count, weight.count);
             }
@@ -125,7 +130,7 @@ impl Books for KernelBooks {
         if let Some(site) = SITES.get_ptr_mut(SiteKey { owner, stack }) {
             // SAFETY: field addresses of a live map value.
             unsafe {
-                let weight = weight(size_bytes);
+                let weight = self.weight(size_bytes);
                 add(&raw mut (*site).freed_bytes, weight.bytes);
                 add(&raw mut (*site).freed_count, weight.count);
             }
@@ -144,7 +149,7 @@ impl Books for KernelBooks {
 
     #[inline(always)]
     fn sample_interval(&self) -> u64 {
-        settings::get(&settings::SAMPLE_INTERVAL).into()
+        self.sample_interval
     }
 
     #[inline(always)]

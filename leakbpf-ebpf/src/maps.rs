@@ -181,9 +181,10 @@ pub mod settings {
     #[unsafe(no_mangle)]
     pub static EVENT_FLAGS: u32 = 0;
 
-    /// Bytes from one recorded block to the next, on average; 0 records every block.
+    /// 0: every block is recorded, at all times. Else [`Control`](leakbpf_common::abi::Control) says
+    /// which are, and sites count blocks in fractions.
     #[unsafe(no_mangle)]
-    pub static SAMPLE_INTERVAL: u32 = 0;
+    pub static SAMPLES: u32 = 0;
 
     /// Reads a setting; volatile, because the agent changes what the compiler sees as a constant.
     #[inline(always)]
@@ -220,11 +221,23 @@ pub fn enabled() -> bool {
     }
 }
 
-/// Whether calls of allocators are counted at this moment.
+/// How calls of allocators are counted at this moment: bytes from one recorded block to the next, on
+/// average, 0 for every block. None when they are not.
 #[inline(always)]
-pub fn counts_calls() -> bool {
-    match CONTROL.get(0) {
-        Some(control) => control.enabled & control.calls != 0,
-        None => false,
-    }
+pub fn counts_calls() -> Option<u64> {
+    let control = CONTROL.get(0)?;
+    (control.enabled & control.calls != 0).then(|| sample_interval(control))
+}
+
+#[inline(always)]
+fn sample_interval(control: &Control) -> u64 {
+    // What is known when a program is loaded costs nothing when it runs.
+    if settings::get(&settings::SAMPLES) == 0 { 0 } else { control.sample_interval }
+}
+
+/// Whether the session counts at this moment, and how: see [`counts_calls`].
+#[inline(always)]
+pub fn counts() -> Option<u64> {
+    let control = CONTROL.get(0)?;
+    (control.enabled != 0).then(|| sample_interval(control))
 }

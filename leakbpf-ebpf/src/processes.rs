@@ -232,9 +232,9 @@ fn ended() -> Option<()> {
     let id = pid_tgid();
     let tgid = (id >> 32) as u32;
     if let Some(thread) = THREADS.get_ptr_mut(id) {
-        if maps::enabled() {
+        if let Some(interval) = maps::counts() {
             // SAFETY: only the thread itself writes its state.
-            unsafe { (*thread).end(&mut KernelBooks::new()) };
+            unsafe { (*thread).end(&mut KernelBooks::new(interval)) };
         }
         let _ = THREADS.remove(id);
     }

@@ -3,7 +3,7 @@
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use leakbpf::{probe::kernel::Links, profile::Mode};
+use leakbpf::{probe::settings::Links, profile::Mode};
 use leakbpf_common::sampling;
 
 #[derive(Debug, Parser)]
@@ -62,10 +62,11 @@ pub struct RecordArgs {
     /// processes' own processor time [default: 1%]
     #[arg(long, value_name = "PERCENT", value_parser = percent)]
     pub max_overhead: Option<u32>,
-    /// Of the mode `sample`: record one block every so many bytes, on average
+    /// Of the modes `sample` and `auto`: record one block every so many bytes, on average, when not every
+    /// one is
     #[arg(long, value_name = "SIZE", value_parser = sample_interval, default_value = "512KiB")]
     pub sample_interval: u32,
-    /// Of the mode `pages`: look at one page in so many
+    /// Of the modes `pages` and `auto`: look at one page in so many
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=i64::from(Mode::MAX_ONE_IN)))]
     pub page_interval: u32,
     /// Stop after this time (30s, 5m, 1h)
@@ -205,7 +206,7 @@ pub enum StackArg {
     Fp,
 }
 
-/// See `leakbpf::probe::kernel::Links`.
+/// See `leakbpf::probe::settings::Links`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LinksArg {
     Many,

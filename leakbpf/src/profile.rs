@@ -80,7 +80,7 @@ impl Mode {
     pub const fn shows(self, kind: SiteKind) -> bool {
         let beside = match kind {
             SiteKind::Survivor => true,
-            SiteKind::Resident => matches!(self, Self::Exact | Self::Windows),
+            SiteKind::Resident => !matches!(self, Self::Pages { .. }),
             _ => false,
         };
         beside || self.lists(kind)

@@ -24,7 +24,7 @@ __attribute__((noinline)) static void leak_one(void) {
     leaked = block;
 }
 
-__attribute__((noinline)) static void answer(void **live, uint64_t *random) {
+__attribute__((noinline)) static void answer(void **live, uint64_t *random, uint64_t work) {
     for (int block = 0; block < 3; block++) {
         uint64_t place = next_random(random) % LIVE;
         free(live[place]);
@@ -33,20 +33,22 @@ __attribute__((noinline)) static void answer(void **live, uint64_t *random) {
         require(live[place]);
         memset(live[place], 2, bytes);
     }
-    for (int turn = 0; turn < 2000; turn++) next_random(random);
+    for (uint64_t turn = 0; turn < 2000 * work; turn++) next_random(random);
 }
 
-/* serve MS LEAKED_BLOCKS_A_SECOND PAUSE_US: says how many requests, processor time, blocks leaked. */
+/* serve MS LEAKED_BLOCKS_A_SECOND PAUSE_US [WORK]: says how many requests, processor time, blocks
+ * leaked. A request does as much between its allocations as WORK says. */
 static void serve(int count, char **arguments) {
-    require(count == 4);
+    require(count == 4 || count == 5);
     uint64_t end_ms = strtoull(arguments[1], NULL, 10);
     uint64_t rate = strtoull(arguments[2], NULL, 10);
     uint64_t pause_us = strtoull(arguments[3], NULL, 10);
+    uint64_t work = count == 5 ? strtoull(arguments[4], NULL, 10) : 1;
     static void *live[LIVE];
     uint64_t random = 88172645463325252u, requests = 0, blocks = 0;
     uint64_t began = time_ns(CLOCK_MONOTONIC), cpu = time_ns(CLOCK_PROCESS_CPUTIME_ID), passed = 0;
     while (passed < end_ms * 1000000) {
-        answer(live, &random);
+        answer(live, &random, work);
         requests++;
         if (pause_us) {
             struct timespec pause = {0, (long)pause_us * 1000};

@@ -108,6 +108,50 @@ fn a_busy_process_pays_no_more_than_the_limit_and_its_leak_is_named() {
     assert_eq!(profile.losses["frees_missed"], 0, "those between windows are no loss");
 }
 
+/// A limit that is a little below what it costs to count every block.
+#[test]
+fn blocks_are_sampled_where_counting_them_all_costs_a_little_too_much() {
+    const LEAKED_BLOCKS_A_SECOND: u64 = 8192;
+    let mut target = service();
+    let serve = |target: &mut Target, ms: u64| {
+        served(&target.run(&format!("serve {ms} {LEAKED_BLOCKS_A_SECOND} 0 30")))
+    };
+    // A limit that nothing reaches: every block is counted.
+    let session = watch(&target, &["--mode", "auto", "--max-overhead", "100%"]);
+    serve(&mut target, 2000);
+    let all = session.stop();
+    assert_eq!(all.mode, "exact");
+    let all = all.cost.overhead_percent.expect("it worked");
+
+    let limit = format!("{:.2}%", all * 0.92);
+    let arguments = ["--mode", "auto", "--max-overhead", &limit, "--sample-interval", "16KiB"];
+    let session = watch(&target, &arguments);
+    let leaked = serve(&mut target, 8000).leaked_blocks;
+    let profile = session.stop();
+    let said: Vec<&str> = profile.events.iter().map(|event| event.text.as_str()).collect();
+    assert_eq!(profile.mode, "sample", "{said:?}, all: {all} %");
+    assert!(
+        said.iter().any(|text| text.contains("from here on one block every 16.0 KiB is recorded")),
+        "{said:?}"
+    );
+    profile.assert_no_losses();
+    let leak = sites(&profile, "heap").next().expect("a site");
+    assert!(is_of(leak, "leak_one"), "{}", leak.describe());
+    let [low, high] = leak.counters.live_bytes_interval.expect("samples");
+    // Far beyond 95 %: the test must not fail once in twenty.
+    let (width, leaked_bytes) = (high - low, leaked * 1024);
+    assert!(
+        low.saturating_sub(width) <= leaked_bytes && leaked_bytes <= high + width,
+        "{low}..{high}: {leaked_bytes}"
+    );
+    assert!(width < leaked_bytes / 4, "{width} of {leaked_bytes}");
+    // One in 16 of them, with those from before among them.
+    let recorded = profile.blocks.iter().filter(|block| block.size == 1024).count() as u64;
+    assert!((leaked / 24..leaked / 10).contains(&recorded), "{recorded} of {leaked}");
+    let overhead = profile.cost.overhead_percent.expect("it worked");
+    assert!(overhead < all, "{overhead} % where all cost {all} %");
+}
+
 #[test]
 fn a_storm_has_few_probes_to_fight() {
     let mut target = service();

@@ -42,7 +42,9 @@ fn config(args: RecordArgs) -> anyhow::Result<Config> {
     });
     let limit = Limit { ppm: args.max_overhead.unwrap_or(DEFAULT_MAX_OVERHEAD_PPM) };
     let method = match mode {
-        ModeArg::Auto => Method::Auto { limit, one_in: args.page_interval },
+        ModeArg::Auto => {
+            Method::Auto { limit, one_in: args.page_interval, interval_bytes: args.sample_interval }
+        }
         ModeArg::Windows => Method::Windows { limit },
         _ if args.max_overhead.is_some() => bail!(
             "--max-overhead is kept by --mode auto and --mode windows alone: leave --mode out, or \

@@ -10,17 +10,15 @@ use std::{
 };
 
 use aya::{
-    Btf, Ebpf, EbpfLoader, VerifierLogLevel, include_bytes_aligned,
+    Btf, Ebpf, include_bytes_aligned,
     maps::{Map, MapData, PerCpuArray, RingBuf},
     programs::{FEntry, FExit, PerfEvent, TracePoint, UProbe},
 };
 use leakbpf_common::{
     abi::{
-        Block, BlockKey, Control, Cost, Loss, Outcome, ProcessState, SiteCounters, SiteKey,
-        StackWalk, Tally,
+        Block, BlockKey, Control, Cost, Loss, Outcome, ProcessState, SiteCounters, SiteKey, Tally,
     },
     ledger::ThreadState,
-    pages,
 };
 
 use super::{
@@ -28,8 +26,8 @@ use super::{
         Link, Site, attach, attach_multi, attach_page_faults, attach_tracepoint,
         multi_is_by_process,
     },
-    kernel_types::KernelTypes,
-    program,
+    fdinfo, program,
+    settings::{Links, Settings},
     tables::Table,
     unwind_maps::UnwindMaps,
 };
@@ -39,80 +37,6 @@ use crate::{
 };
 
 static OBJECT: &[u8] = include_bytes_aligned!("../../bpf/leakbpf.bpf.o");
-
-/// What is fixed before the programs are loaded.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Settings {
-    pub follow_forks: bool,
-    /// Watch every process that hits a probe.
-    pub watch_all: bool,
-    pub stack_walk: StackWalk,
-    /// Limit of the block map, in blocks.
-    pub max_blocks: u32,
-    /// Byte offsets of `pid` and `clone_flags` in the record of `task:task_newtask`.
-    pub newtask_pid_offset: u32,
-    pub newtask_flags_offset: u32,
-    /// Byte offset of `old_pid` in the record of `sched:sched_process_exec`.
-    pub exec_old_pid_offset: u32,
-    pub return_instances: Option<ReturnInstances>,
-    /// Allocator functions are probed.
-    pub probes: bool,
-    /// Page faults are looked at.
-    pub pages: Option<PageChoice>,
-    /// Bytes from one recorded block to the next, on average; 0 records every block.
-    pub sample_interval_bytes: u32,
-    pub links: Links,
-}
-
-/// What holds probes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Links {
-    /// One link for all probes of a program in a file, where the kernel has such links: they come
-    /// and go together.
-    Many,
-    /// One perf event for each probe.
-    Single,
-}
-
-/// Which pages are looked at.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PageChoice {
-    /// One page in so many.
-    pub interval: u32,
-    /// Any number, another one in each session.
-    pub seed: u32,
-}
-
-/// Where the kernel keeps the return addresses that return probes have replaced: byte offsets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ReturnInstances {
-    /// `task_struct.utask`
-    pub utask: u32,
-    /// `uprobe_task.return_instances`
-    pub first: u32,
-    /// `return_instance.stack`
-    pub stack: u32,
-    /// `return_instance.orig_ret_vaddr`
-    pub caller: u32,
-    /// `return_instance.next`
-    pub next: u32,
-}
-
-impl ReturnInstances {
-    /// Of a kernel with this type information.
-    pub fn find(btf: &[u8]) -> Option<Self> {
-        let types = KernelTypes::parse(btf)?;
-        Some(Self {
-            utask: types.offset_of("task_struct", "utask")?,
-            first: types.offset_of("uprobe_task", "return_instances")?,
-            stack: types.offset_of("return_instance", "stack")?,
-            caller: types.offset_of("return_instance", "orig_ret_vaddr")?,
-            next: types.offset_of("return_instance", "next")?,
-        })
-    }
-
-    const UNKNOWN: Self = Self { utask: 0, first: 0, stack: 0, caller: 0, next: 0 };
-}
 
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
@@ -195,9 +119,6 @@ const PROCESS_TRACEPOINTS: [(&str, &str); 3] = [
     ("task_new", "task/task_newtask"),
 ];
 
-/// include/uapi/linux/bpf.h
-const BPF_RB_FORCE_WAKEUP: u32 = 2;
-
 const PAGE_FAULT: &str = "page_fault";
 
 /// How anonymous mappings are seen.
@@ -248,6 +169,8 @@ pub struct Kernel {
     /// Threads that a process's probes hang on.
     pub carriers: Table<u32, u32>,
     control: Table<u32, Control>,
+    /// What it holds.
+    switches: Control,
     counts: PerCpuArray<MapData, u64>,
     costs: PerCpuArray<MapData, CostEntry>,
     tracepoints: Vec<Link>,
@@ -280,36 +203,7 @@ fn first_line(text: &str) -> String {
 impl Kernel {
     /// Loads the maps and the programs; nothing is attached yet and nothing counts.
     pub fn load(settings: &Settings) -> Result<Self, KernelError> {
-        let follow = u32::from(settings.follow_forks);
-        let all = u32::from(settings.watch_all);
-        let walk = settings.stack_walk as u32;
-        let agent = std::process::id();
-        let returns = settings.return_instances.unwrap_or(ReturnInstances::UNKNOWN);
-        let choice = settings.pages.unwrap_or(PageChoice { interval: 1, seed: 0 });
-        let page_limit = pages::limit(choice.interval);
-        let event_flags = if settings.pages.is_some() { BPF_RB_FORCE_WAKEUP } else { 0 };
-        let mut loader = EbpfLoader::new();
-        loader
-            .btf(None)
-            .verifier_log_level(VerifierLogLevel::DISABLE)
-            .override_global("FOLLOW_FORKS", &follow, true)
-            .override_global("WATCH_ALL", &all, true)
-            .override_global("STACK_WALK", &walk, true)
-            .override_global("AGENT_TGID", &agent, true)
-            .override_global("NEWTASK_PID_OFFSET", &settings.newtask_pid_offset, true)
-            .override_global("NEWTASK_FLAGS_OFFSET", &settings.newtask_flags_offset, true)
-            .override_global("EXEC_OLD_PID_OFFSET", &settings.exec_old_pid_offset, true)
-            .override_global("TASK_UTASK", &returns.utask, true)
-            .override_global("UTASK_INSTANCES", &returns.first, true)
-            .override_global("INSTANCE_STACK", &returns.stack, true)
-            .override_global("INSTANCE_CALLER", &returns.caller, true)
-            .override_global("INSTANCE_NEXT", &returns.next, true)
-            .override_global("PAGE_SEED", &choice.seed, true)
-            .override_global("PAGE_LIMIT", &page_limit, true)
-            .override_global("EVENT_FLAGS", &event_flags, true)
-            .override_global("SAMPLE_INTERVAL", &settings.sample_interval_bytes, true)
-            .map_max_entries("BLOCKS", settings.max_blocks);
-        let mut ebpf = loader.load(OBJECT).map_err(load_error)?;
+        let mut ebpf = settings.load(OBJECT).map_err(load_error)?;
         let multi = match settings.links {
             Links::Many if settings.probes => load_multi(&ebpf),
             Links::Many | Links::Single => HashMap::new(),
@@ -337,6 +231,7 @@ impl Kernel {
             unwind,
             carriers,
             control,
+            switches: Control::default(),
             counts,
             costs,
             tracepoints: Vec::new(),
@@ -533,8 +428,8 @@ impl Kernel {
     }
 
     /// Begins or stops counting. After stopping, no program is in the middle of anything.
-    pub fn enable(&self, on: bool) -> Result<(), KernelError> {
-        self.control(on, on)?;
+    pub fn enable(&mut self, on: bool) -> Result<(), KernelError> {
+        self.switch(Control { enabled: on.into(), calls: on.into(), ..self.switches })?;
         if !on {
             // membarrier(2), MEMBARRIER_CMD_GLOBAL: waits for an RCU grace period, and programs
             // run inside RCU read sections.
@@ -550,12 +445,18 @@ impl Kernel {
 
     /// Begins or stops counting calls of allocators; whatever else is seen goes on. After stopping,
     /// a program may be in the middle of a call.
-    pub fn count_calls(&self, on: bool) -> Result<(), KernelError> {
-        self.control(true, on)
+    pub fn count_calls(&mut self, on: bool) -> Result<(), KernelError> {
+        self.switch(Control { enabled: 1, calls: on.into(), ..self.switches })
     }
 
-    fn control(&self, enabled: bool, calls: bool) -> Result<(), KernelError> {
-        let control = Control { enabled: enabled.into(), calls: calls.into() };
+    /// From now on, one block is recorded every so many bytes on average; with 0, every block. Needs
+    /// [`Settings::samples`].
+    pub fn sample(&mut self, interval_bytes: u32) -> Result<(), KernelError> {
+        self.switch(Control { sample_interval: interval_bytes.into(), ..self.switches })
+    }
+
+    fn switch(&mut self, control: Control) -> Result<(), KernelError> {
+        self.switches = control;
         self.control.set(&0, control).map_err(|source| KernelError::Map { map: "CONTROL", source })
     }
 
@@ -623,16 +524,8 @@ fn missed_runs(program: &aya::programs::Program) -> u64 {
         _ => return 0,
     };
     let Ok(fd) = fd else { return 0 };
-    let path = format!("/proc/self/fdinfo/{}", fd.as_fd().as_raw_fd());
-    std::fs::read_to_string(path).map_or(0, |text| recursion_misses(&text))
-}
-
-/// From what the kernel writes of a program's descriptor (kernel/bpf/syscall.c,
-/// `bpf_prog_show_fdinfo`).
-fn recursion_misses(fdinfo: &str) -> u64 {
-    let mut lines = fdinfo.lines();
-    let value = lines.find_map(|line| line.strip_prefix("recursion_misses:"));
-    value.and_then(|number| number.trim().parse().ok()).unwrap_or(0)
+    // `bpf_prog_show_fdinfo` in kernel/bpf/syscall.c
+    fdinfo::number(fd.as_fd().as_raw_fd(), "recursion_misses").ok().flatten().unwrap_or(0)
 }
 
 fn take_map(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, KernelError> {
@@ -673,14 +566,6 @@ mod tests {
             .instructions
             .iter()
             .any(|instruction| [instruction.dst_reg(), instruction.src_reg()].contains(&10))
-    }
-
-    #[test]
-    fn missed_runs_are_read_from_what_the_kernel_writes() {
-        let text = "prog_type:\t26\nrun_cnt:\t0\nrecursion_misses:\t75852\nverified_insns:\t9\n";
-        assert_eq!(super::recursion_misses(text), 75_852);
-        assert_eq!(super::recursion_misses("prog_type:\t26\n"), 0);
-        assert_eq!(super::recursion_misses("recursion_misses:\tmany\n"), 0);
     }
 
     #[test]

@@ -17,6 +17,8 @@ use leakbpf_common::{
     table::AddressSpace,
 };
 
+use super::fdinfo;
+
 const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
@@ -204,13 +206,7 @@ impl<K: Wire, V: Wire> Table<K, V> {
 
     /// Memory that the kernel charges for the map, in bytes (`memlock` in `/proc/self/fdinfo`).
     pub fn memory_bytes(&self) -> io::Result<u64> {
-        let path = format!("/proc/self/fdinfo/{}", self.fd());
-        let text = std::fs::read_to_string(path)?;
-        Ok(text
-            .lines()
-            .find_map(|line| line.strip_prefix("memlock:"))
-            .and_then(|value| value.trim().parse().ok())
-            .unwrap_or(0))
+        Ok(fdinfo::number(self.map.fd().as_fd().as_raw_fd(), "memlock")?.unwrap_or(0))
     }
 }
 

@@ -209,6 +209,11 @@ fn install_filter() -> bool {
     }
 }
 
+/// As the machine calls itself.
+pub fn name() -> String {
+    nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -30,8 +30,7 @@ impl Estimate {
             return Self::times(size_bytes, 1);
         }
         let weight = sampling::weight(size_bytes, interval);
-        let p =
-            -(-(sampling::counted_bytes(size_bytes, interval) as f64) / interval as f64).exp_m1();
+        let p = chance(size_bytes, interval_bytes);
         // As estimated from itself.
         let variance = (1.0 - p) / (p * p);
         let size = size_bytes as f64;
@@ -46,6 +45,15 @@ impl Estimate {
             },
         }
     }
+}
+
+/// How likely a block is to be chosen: see [`sampling`].
+pub fn chance(size_bytes: u64, interval_bytes: u32) -> f64 {
+    let interval = u64::from(interval_bytes.max(1));
+    if sampling::is_certain(size_bytes, interval) {
+        return 1.0;
+    }
+    -(-(sampling::counted_bytes(size_bytes, interval) as f64) / interval as f64).exp_m1()
 }
 
 /// The part of what is live that sampled blocks stand for, and how far it can be off.

@@ -16,7 +16,7 @@ pub mod folded;
 pub mod json;
 mod names;
 pub use names::printable;
-pub use units::duration;
+pub use units::{bytes, duration};
 pub mod pprof;
 pub mod svg;
 #[cfg(test)]

@@ -40,6 +40,13 @@ const LEAST_USE: f64 = 0.1;
 /// Time after which e times less is made of what a window has cost.
 const FORGETTING_NS: f64 = 120e9;
 
+/// How long a moment of a load is remembered by which it is judged whether samples are cheap enough.
+const MOMENTS_NS: f64 = 1e9;
+
+/// What a session that begins to sample may spend at first, as a time of earning: what it had is used up,
+/// and the first moment must not end it.
+const SAMPLING_CREDIT_NS: f64 = 1e9;
+
 /// Least credit that opens a window.
 const LEAST_CREDIT_NS: f64 = 1e6;
 
@@ -56,6 +63,8 @@ pub struct Reading {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
     Stay,
+    /// Record some of the blocks only.
+    Sample,
     /// Place the probes.
     Open,
     /// Take them away.
@@ -68,12 +77,17 @@ pub struct Budget {
     /// Windows that could stay open end after this time all the same.
     longest_window: Option<Duration>,
     open: bool,
+    /// Blocks are sampled, or were.
+    sampled: bool,
     credit_ns: f64,
     last: Reading,
     /// When the probes were placed.
     opened: Reading,
     /// Own processor time of the processes per time, lately.
     own_rate: f64,
+    /// Own time of the processes and what the probes cost, per time, in the last moments.
+    own_now: f64,
+    cost_now: f64,
     /// What probes cost per time while they are in place, in the last window; less and less is made
     /// of that while they are not, since loads change.
     spending_rate: f64,
@@ -91,10 +105,13 @@ impl Budget {
             share,
             longest_window,
             open: true,
+            sampled: false,
             credit_ns: FIRST_CREDIT_NS,
             last: now,
             opened: now,
             own_rate: 0.0,
+            own_now: 0.0,
+            cost_now: 0.0,
             spending_rate: 0.0,
             placing_ns: 0.0,
             planned_ns: 0.0,
@@ -126,15 +143,29 @@ impl Budget {
         }
     }
 
-    /// What to do now.
-    pub fn decide(&mut self, now: Reading) -> Step {
+    /// Blocks are sampled since `now`.
+    pub fn sampled(&mut self, now: Reading) {
+        self.take_in(now);
+        self.sampled = true;
+        self.credit_ns = self.earning_rate() * SAMPLING_CREDIT_NS;
+    }
+
+    /// What to do now. `sampling` is what would be left of the cost if blocks were sampled; none when
+    /// they can't be.
+    pub fn decide(&mut self, now: Reading, sampling: Option<f64>) -> Step {
         self.take_in(now);
         if self.open {
             let open_for = Duration::from_nanos(now.at_ns.saturating_sub(self.opened.at_ns));
             let over = self.longest_window.is_some_and(|longest| open_for >= longest);
             let short = (open_for.as_nanos() as f64) < self.planned_ns;
             let least = if short { -self.overdraft_ns } else { 0.0 };
-            return if self.credit_ns < least || over { Step::Close } else { Step::Stay };
+            if self.credit_ns >= least && !over {
+                return Step::Stay;
+            }
+            let left = sampling.filter(|_| !self.sampled && !over);
+            let earned = EARNED * self.share * self.own_now;
+            let fits = left.is_some_and(|left| self.cost_now * left <= earned);
+            return if fits { Step::Sample } else { Step::Close };
         }
         if self.credit_ns >= self.enough_ns() { Step::Open } else { Step::Stay }
     }
@@ -160,6 +191,9 @@ impl Budget {
             let period = CONTROL_PERIOD.as_nanos() as f64;
             let weight = 1.0 - (-time / period).exp();
             self.own_rate += weight * (own / time - self.own_rate);
+            let weight = 1.0 - (-time / MOMENTS_NS).exp();
+            self.own_now += weight * (own / time - self.own_now);
+            self.cost_now += weight * (spent / time - self.cost_now);
             if !self.open {
                 self.spending_rate *= (-time / FORGETTING_NS).exp();
             }

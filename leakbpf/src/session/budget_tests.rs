@@ -10,6 +10,9 @@ struct Simulation {
     steps: Vec<(u64, Step)>,
     open_ns: u64,
     placing: Duration,
+    /// What sampling makes of the cost, where it can be had; and what is left of the cost now.
+    sampling: Option<f64>,
+    price: f64,
 }
 
 /// How processes behave for a time.
@@ -26,7 +29,15 @@ impl Simulation {
     fn new(share: f64) -> Self {
         let now = Reading::default();
         let budget = Budget::new(share, None, now);
-        Self { budget, now, steps: Vec::new(), open_ns: 0, placing: Duration::ZERO }
+        Self {
+            budget,
+            now,
+            steps: Vec::new(),
+            open_ns: 0,
+            placing: Duration::ZERO,
+            sampling: None,
+            price: 1.0,
+        }
     }
 
     fn run(&mut self, load: Load) {
@@ -34,19 +45,23 @@ impl Simulation {
         while self.now.at_ns < end {
             let tick = self.budget.look_again_after(self.now).as_nanos() as u64;
             let busy = tick as f64 * load.processors;
+            let price = load.price * self.price;
             // The processes' time is as long with probes; they only get less done in it.
-            let spent =
-                if self.budget.is_open() { busy * load.price / (1.0 + load.price) } else { 0.0 };
+            let spent = if self.budget.is_open() { busy * price / (1.0 + price) } else { 0.0 };
             if self.budget.is_open() {
                 self.open_ns += tick;
             }
             self.now.at_ns += tick;
             self.now.target_cpu_ns += busy as u64;
             self.now.spent_ns += spent as u64;
-            let step = self.budget.decide(self.now);
+            let step = self.budget.decide(self.now, self.sampling);
             match step {
                 Step::Stay => continue,
                 Step::Open => self.budget.opened(self.now, self.placing),
+                Step::Sample => {
+                    self.price = self.sampling.expect("it was offered");
+                    self.budget.sampled(self.now);
+                }
                 Step::Close => self.budget.closed(self.now),
             }
             self.steps.push((self.now.at_ns, step));
@@ -124,6 +139,7 @@ fn the_share_holds_whatever_the_load_does() {
     };
     for share in [0.005, 0.01, 0.05] {
         let mut simulation = Simulation::new(share);
+        simulation.sampling = Some(0.65);
         for _ in 0..60 {
             let before = simulation.now;
             let processors = [0.01, 0.3, 1.0, 2.0, 16.0][(random() * 5.0) as usize];
@@ -174,4 +190,31 @@ fn slow_placing_makes_for_longer_windows() {
         simulation.open_ns / windows as u64
     };
     assert!(run(50) > 3 * run(1), "{} {}", run(50), run(1));
+}
+
+#[test]
+fn blocks_are_sampled_where_that_makes_the_probes_cheap_enough() {
+    let mut simulation = Simulation::new(0.01);
+    simulation.sampling = Some(0.65);
+    simulation.run(Load { ms: 600_000, processors: 1.0, price: 0.012 });
+    let steps: Vec<Step> = simulation.steps.iter().map(|(_, step)| *step).collect();
+    assert_eq!(steps, [Step::Sample]);
+    assert!(simulation.share() < 0.0085, "{}", simulation.share());
+    // From then on there is nothing cheaper but windows.
+    simulation.run(Load { ms: 60_000, processors: 1.0, price: 0.5 });
+    assert!(simulation.steps[1..].iter().all(|(_, step)| *step != Step::Sample));
+    assert_eq!(simulation.steps[1].1, Step::Close);
+    assert!(simulation.share() < 0.015, "{}", simulation.share());
+}
+
+#[test]
+fn blocks_are_not_sampled_where_that_is_not_enough() {
+    for price in [0.03, 0.5, 20.0] {
+        let mut simulation = Simulation::new(0.01);
+        simulation.sampling = Some(0.65);
+        simulation.run(Load { ms: 20_000, processors: 0.5, price: 0.001 });
+        simulation.run(Load { ms: 20_000, processors: 0.5, price });
+        let first = simulation.steps.first().expect("a step");
+        assert_eq!(first.1, Step::Close, "{price}");
+    }
 }

@@ -3,9 +3,9 @@
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use crate::{
-    probe::kernel::Links,
+    probe::settings::Links,
     process::select::Selector,
-    profile::{BlockFilter, Mode, SiteKind},
+    profile::BlockFilter,
     report::{Format, Sort},
 };
 
@@ -36,8 +36,8 @@ pub enum Method {
     Pages { one_in: u32 },
     /// Every block, for short times with long ones between them.
     Windows { limit: Limit },
-    /// Every block while that costs little enough, else windows; and pages at all times.
-    Auto { limit: Limit, one_in: u32 },
+    /// Every block while that costs little enough, else samples, else windows; and pages at all times.
+    Auto { limit: Limit, one_in: u32, interval_bytes: u32 },
 }
 
 /// Most that a session may cost, in millionths of the watched processes' own processor time.
@@ -60,15 +60,9 @@ impl Method {
         }
     }
 
-    /// How things of a kind are counted, wherever that kind is.
-    pub const fn mode_of(self, kind: SiteKind) -> Mode {
-        match (self, kind) {
-            (Self::Sample { interval_bytes }, SiteKind::Heap) => Mode::Sample { interval_bytes },
-            (Self::Pages { one_in } | Self::Auto { one_in, .. }, SiteKind::Resident) => {
-                Mode::Pages { one_in }
-            }
-            _ => Mode::Exact,
-        }
+    /// Whether blocks are sampled, or may be.
+    pub const fn samples(self) -> bool {
+        matches!(self, Self::Sample { .. } | Self::Auto { .. })
     }
 
     pub const fn limit(self) -> Option<Limit> {

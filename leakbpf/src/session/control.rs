@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashMap,
+    hash::{BuildHasher as _, RandomState},
     time::{Duration, Instant},
 };
 
@@ -13,6 +14,7 @@ use super::{
     budget::{Budget, Step},
     config::Method,
     cost::Meter,
+    counting::Counting,
     snapshot::Sites,
     watch::{Watch, monotonic_ns},
 };
@@ -20,7 +22,7 @@ use crate::{
     ledger::windows::{Seen, Window, Windows},
     probe::kernel::KernelError,
     process::cpu_time,
-    profile::{self, Counters, Mode, SiteId, SiteKind},
+    profile::{self, Counters, Mode, SiteId, SiteKind, estimate::chance},
     report,
 };
 
@@ -50,6 +52,7 @@ type Losses = [u64; Loss::ALL.len()];
 
 pub struct Control {
     method: Method,
+    counting: Counting,
     pub meter: Meter,
     budget: Option<Budget>,
     windows: Windows<SiteId>,
@@ -76,6 +79,7 @@ impl Control {
     pub fn new(method: Method, meter: Meter) -> Self {
         Self {
             method,
+            counting: Counting::new(method),
             meter,
             budget: None,
             windows: Windows::default(),
@@ -110,14 +114,17 @@ impl Control {
         Ok(())
     }
 
+    pub fn counting(&self) -> Counting {
+        self.counting
+    }
+
     /// How the numbers come to be that a profile shows now.
     pub fn mode(&self) -> Mode {
         match self.method {
-            Method::Exact => Mode::Exact,
-            Method::Sample { interval_bytes } => Mode::Sample { interval_bytes },
+            Method::Exact | Method::Sample { .. } => self.counting.mode_of(SiteKind::Heap),
             Method::Pages { one_in } => Mode::Pages { one_in },
             Method::Windows { .. } => Mode::Windows,
-            Method::Auto { .. } if self.unbroken => Mode::Exact,
+            Method::Auto { .. } if self.unbroken => self.counting.mode_of(SiteKind::Heap),
             Method::Auto { .. } if self.windows.count() >= ENOUGH_WINDOWS => Mode::Windows,
             Method::Auto { one_in, .. } => Mode::Pages { one_in },
         }
@@ -132,7 +139,11 @@ impl Control {
     pub fn attend(&mut self, watch: &mut Watch) -> Result<Step, SessionError> {
         let Some(budget) = &mut self.budget else { return Ok(Step::Stay) };
         let now = self.meter.read(watch)?;
-        let mut step = budget.decide(now);
+        let sampling = match self.method {
+            Method::Auto { .. } if self.unbroken => self.meter.left_by_sampling(watch)?,
+            _ => None,
+        };
+        let mut step = budget.decide(now, sampling);
         if step == Step::Open && watch.detaching() > 0 {
             // Those of the last window still run their programs: a call would be counted twice.
             step = Step::Stay;
@@ -156,6 +167,42 @@ impl Control {
             losses[Loss::FreesMissed as usize] = unexpected;
         }
         losses
+    }
+
+    /// From now on only some of the blocks are recorded. Those that were are thinned out as if they
+    /// had been chosen in the same way, so that all stand for the same.
+    pub fn sample(&mut self, watch: &mut Watch) -> Result<(), SessionError> {
+        let (Some(budget), Method::Auto { interval_bytes, .. }) = (&mut self.budget, self.method)
+        else {
+            return Ok(());
+        };
+        watch.kernel.sample(interval_bytes)?;
+        let began_ns = monotonic_ns();
+        let random = RandomState::new();
+        watch
+            .kernel
+            .blocks
+            .take(|key, block| {
+                // From 0 to 1, another one in each session.
+                let random = random.hash_one(key.address) as f64 / 2f64.powi(64);
+                block.born_ns < began_ns && random >= chance(block.size_bytes, interval_bytes)
+            })
+            .map_err(failed("BLOCKS"))?;
+        self.counting = self.counting.samples(interval_bytes);
+        let now = self.meter.read(watch)?;
+        budget.sampled(now);
+        self.due = Instant::now() + budget.look_again_after(now);
+        let spent = now.spent_ns.saturating_sub(self.opened_spent_ns);
+        let text = format!(
+            "every allocation was counted for {}, which cost the processes {} of processor time, \
+             more than they may pay: from here on one block every {} is recorded, and the numbers \
+             are estimates",
+            report::duration(began_ns.saturating_sub(self.opened_ns)),
+            report::duration(spent),
+            report::bytes(interval_bytes.into()),
+        );
+        watch.note(None, text);
+        Ok(())
     }
 
     /// Brings the probes back.
@@ -215,8 +262,12 @@ impl Control {
                  memory by who touched it first, and, after some windows, what survives them"
             }
         };
+        let counted = match self.counting.sample_interval_bytes() {
+            None => "every allocation was counted",
+            Some(_) => "allocations were counted, then sampled,",
+        };
         Ok(format!(
-            "every allocation was counted for {}, which cost the processes {} of processor time, \
+            "{counted} for {}, which cost the processes {} of processor time, \
              more than they may pay: {what}",
             report::duration(time),
             report::duration(spent)
@@ -235,7 +286,7 @@ impl Control {
         watch.listed = watch.lives.len();
         // What begins with less than a moment's credit says more of the moment than of survival.
         let told = window.closed_ns.saturating_sub(window.opened_ns) >= SHORTEST_TOLD;
-        let mut seen = Tallies::new(window, watch, sites);
+        let mut seen = Tallies::new(window, self.counting, watch, sites);
         watch
             .kernel
             .sites
@@ -281,6 +332,10 @@ impl Control {
         if told {
             self.windows.add(window, seen);
         }
+        if self.counting.sample_interval_bytes().is_some() {
+            watch.kernel.sample(0)?;
+            self.counting = self.counting.every_block();
+        }
         if kept.values().sum::<u64>() > MOST_KEPT {
             self.thinned += 1;
         }
@@ -303,7 +358,7 @@ impl Control {
         if open {
             let window =
                 Window { since_ns: self.closed_ns, opened_ns: self.opened_ns, closed_ns: now_ns };
-            let mut seen = Tallies::new(window, watch, sites);
+            let mut seen = Tallies::new(window, self.counting, watch, sites);
             for entry in watch.kernel.sites.walk() {
                 let (key, value) = entry.map_err(failed("SITES"))?;
                 seen.site(&key, &value);
@@ -328,14 +383,15 @@ impl Control {
 /// What a window has seen, by site.
 struct Tallies<'a> {
     window: Window,
+    counting: Counting,
     watch: &'a Watch,
     sites: &'a mut Sites,
     by_site: HashMap<SiteId, Seen>,
 }
 
 impl<'a> Tallies<'a> {
-    fn new(window: Window, watch: &'a Watch, sites: &'a mut Sites) -> Self {
-        Self { window, watch, sites, by_site: HashMap::new() }
+    fn new(window: Window, counting: Counting, watch: &'a Watch, sites: &'a mut Sites) -> Self {
+        Self { window, counting, watch, sites, by_site: HashMap::new() }
     }
 
     fn of(&mut self, owner: Owner, stack: StackId) -> Option<&mut Seen> {
@@ -345,11 +401,12 @@ impl<'a> Tallies<'a> {
     }
 
     fn site(&mut self, key: &SiteKey, value: &SiteCounters) {
+        let Counters { allocated_bytes, allocated_count, .. } = self.counting.heap_counters(value);
         if value.allocated_count > 0
             && let Some(seen) = self.of(key.owner, key.stack)
         {
-            seen.allocated_bytes = seen.allocated_bytes.saturating_add(value.allocated_bytes);
-            seen.allocated_count = seen.allocated_count.saturating_add(value.allocated_count);
+            seen.allocated_bytes = seen.allocated_bytes.saturating_add(allocated_bytes);
+            seen.allocated_count = seen.allocated_count.saturating_add(allocated_count);
         }
     }
 
@@ -360,9 +417,11 @@ impl<'a> Tallies<'a> {
             return false;
         }
         let Some(site) = self.living_site(key.owner, block.stack) else { return false };
+        let heap = SiteKind::Heap;
+        let estimate = self.counting.mode_of(heap).estimate(heap, block.size_bytes);
         let seen = self.by_site.entry(site).or_default();
-        seen.survived_bytes = seen.survived_bytes.saturating_add(block.size_bytes);
-        seen.survived_count = seen.survived_count.saturating_add(1);
+        seen.survived_bytes = seen.survived_bytes.saturating_add(estimate.bytes);
+        seen.survived_count = seen.survived_count.saturating_add(estimate.count);
         true
     }
 

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use leakbpf_common::abi::Cost;
+
 use super::{
     SessionError,
     budget::Reading,
@@ -19,6 +21,9 @@ const CHOSEN_FAULT_IN_TRAPS: f64 = 1.0;
 /// What a hit costs beyond its trap and its program, as a share of those: what they push out of the
 /// caches. Measured on a program whose blocks are few: docs/overhead.md.
 const BEYOND: f64 = 0.2;
+
+/// What the program takes at a call whose block is not chosen: docs/benchmarks.md has the measurement.
+const UNCHOSEN_IN_TRAPS: f64 = 0.2;
 
 pub struct Meter {
     /// What a probe costs without what its program does.
@@ -47,7 +52,7 @@ impl Meter {
     fn spent_ns(&self, watch: &Watch) -> Result<u64, SessionError> {
         let trap = self.trap.as_nanos() as f64;
         let cost = watch.kernel.cost()?;
-        let program = if cost.timed == 0 { 0.0 } else { cost.timed_ns as f64 / cost.timed as f64 };
+        let program = program_ns(&cost).unwrap_or_default();
         let mut spent = cost.hits as f64 * (trap + program) * (1.0 + BEYOND);
         if let Some(one_in) = self.page_interval {
             let chosen = watch.kernel.counts()?.pages_touched as f64;
@@ -55,6 +60,13 @@ impl Meter {
             spent += (faults * FAULT_IN_TRAPS + chosen * CHOSEN_FAULT_IN_TRAPS) * trap;
         }
         Ok(spent as u64)
+    }
+
+    /// What would be left of the cost if blocks were sampled.
+    pub fn left_by_sampling(&self, watch: &Watch) -> Result<Option<f64>, SessionError> {
+        let trap = self.trap.as_nanos() as f64;
+        let program = program_ns(&watch.kernel.cost()?);
+        Ok(program.map(|program| trap * (1.0 + UNCHOSEN_IN_TRAPS) / (trap + program)))
     }
 
     /// For a profile.
@@ -70,6 +82,11 @@ impl Meter {
             agent_peak_rss_bytes,
         })
     }
+}
+
+/// What a program takes, on average.
+fn program_ns(cost: &Cost) -> Option<f64> {
+    (cost.timed > 0).then(|| cost.timed_ns as f64 / cost.timed as f64)
 }
 
 fn nanoseconds(time: Duration) -> u64 {

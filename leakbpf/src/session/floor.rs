@@ -9,7 +9,8 @@ use crate::{
     preflight,
     probe::{
         attach::{Link, Site},
-        kernel::{Kernel, Links, Program, Settings},
+        kernel::{Kernel, Program},
+        settings::{Links, Settings},
     },
     process::{Pid, host, mapped_file::MappedFile, maps::Maps},
 };
@@ -46,7 +47,7 @@ pub fn place(pid: u32, naive: bool, kind: Links) -> Result<Floor, SessionError> 
         return_instances: None,
         probes: true,
         pages: None,
-        sample_interval_bytes: 0,
+        samples: false,
         links: kind,
     })?;
     let maps = Maps::of(Pid(pid))?;

@@ -7,9 +7,9 @@ use std::collections::{BTreeMap, HashMap};
 use leakbpf_common::abi::{Owner, StackId};
 
 use super::{
-    config::Method,
+    counting::Counting,
     life::{Life, Stack},
-    snapshot::{Sites, heap_counters, page_counters},
+    snapshot::Sites,
     space::Space,
     watch::Watch,
 };
@@ -80,7 +80,7 @@ pub fn fold(
     watch: &mut Watch,
     sites: &mut Sites,
     groups: &mut Groups,
-    method: Method,
+    counting: Counting,
     filter: BlockFilter,
     now_ns: u64,
 ) -> Result<(), KernelError> {
@@ -91,7 +91,7 @@ pub fn fold(
         .filter(|(_, life)| life.ended() && !life.folded)
         .map(|(index, life)| (life.owner, ProcessId(index)))
         .collect();
-    let mut held = take_out(watch, &ended, method, filter, now_ns)?;
+    let mut held = take_out(watch, &ended, counting, filter, now_ns)?;
     sites.forget(|owner| ended.contains_key(owner));
     let listed = watch.listed;
     for (process, left) in let_go(watch, &ended) {
@@ -124,7 +124,7 @@ type Held = HashMap<Owner, BTreeMap<(StackId, SiteKind), Folded>>;
 fn take_out(
     watch: &Watch,
     ended: &HashMap<Owner, ProcessId>,
-    method: Method,
+    counting: Counting,
     filter: BlockFilter,
     now_ns: u64,
 ) -> Result<Held, KernelError> {
@@ -132,7 +132,7 @@ fn take_out(
     let mut held = Held::new();
     let mut hold = |owner, key: (StackId, SiteKind), size_bytes, born_ns: u64| {
         if filter.keeps(size_bytes, now_ns.saturating_sub(born_ns)) {
-            let estimate = method.mode_of(key.1).estimate(key.1, size_bytes);
+            let estimate = counting.mode_of(key.1).estimate(key.1, size_bytes);
             held.entry(owner).or_default().entry(key).or_default().hold(estimate, born_ns);
         }
     };
@@ -157,7 +157,7 @@ fn take_out(
         .take(|key, value| {
             let taken = ended.contains_key(&key.owner);
             if taken && value.allocated_count > 0 {
-                let counters = heap_counters(method.mode_of(SiteKind::Heap), value);
+                let counters = counting.heap_counters(value);
                 add(key.owner, (key.stack, SiteKind::Heap), counters);
             }
             taken
@@ -173,13 +173,14 @@ fn take_out(
             if filter.keeps(range.length_bytes, now_ns.saturating_sub(range.born_ns)) {
                 let sites = held.entry(life.owner).or_default();
                 let site = sites.entry((range.stack, range.kind)).or_default();
-                let estimate = method.mode_of(range.kind).estimate(range.kind, range.length_bytes);
+                let estimate =
+                    counting.mode_of(range.kind).estimate(range.kind, range.length_bytes);
                 site.hold(estimate, range.born_ns);
             }
         }
-        let pages = method.mode_of(SiteKind::Resident);
+        let pages = counting.mode_of(SiteKind::Resident);
         for (stack, value) in life.pages.counters() {
-            let folded = Folded { counters: page_counters(pages, value), born_ns: None };
+            let folded = Folded { counters: counting.page_counters(value), born_ns: None };
             let sites = held.entry(life.owner).or_default();
             sites.entry((stack, SiteKind::Resident)).or_default().add(&folded);
         }

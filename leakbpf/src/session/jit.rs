@@ -1,7 +1,10 @@
 //! Where a process writes the names of the code that it makes at run time.
 
+use std::sync::Arc;
+
 use crate::{
     process::{Pid, root_directory::RootDirectory, status::Status},
+    profile::Symbol,
     symbolize::PerfMap,
 };
 
@@ -28,4 +31,12 @@ impl PerfMapPlace {
     pub fn read(&self) -> Option<PerfMap> {
         PerfMap::open(&self.root.path(), self.namespace_pid, self.uid).ok().flatten()
     }
+}
+
+/// The name of code at an address, where a perf map has it.
+pub fn symbols(map: Option<&PerfMap>, avma: u64) -> Arc<[Symbol]> {
+    let name = map.and_then(|map| map.name(avma.saturating_sub(1)));
+    name.map(|function| Symbol { function, file: None, line: None, inlined: false })
+        .into_iter()
+        .collect()
 }

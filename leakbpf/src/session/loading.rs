@@ -10,8 +10,9 @@ use super::{
 use crate::{
     preflight::{host::HostFacts, kernel_version::KernelVersion, tracepoint::TracepointFormat},
     probe::{
-        kernel::{Kernel, Links, PageChoice, ReturnInstances, Settings},
+        kernel::Kernel,
         planner,
+        settings::{Links, PageChoice, ReturnInstances, Settings},
     },
     process::{host, select::Selector, tracefs},
 };
@@ -55,10 +56,7 @@ fn settings(config: &Config) -> Result<Settings, SessionError> {
         return_instances: host::kernel_types().as_deref().and_then(ReturnInstances::find),
         probes: config.method.probes(),
         pages: config.method.page_interval().map(|interval| PageChoice { interval, seed: seed() }),
-        sample_interval_bytes: match config.method {
-            Method::Sample { interval_bytes } => interval_bytes,
-            _ => 0,
-        },
+        samples: config.method.samples(),
         links: config.links.unwrap_or_else(|| suitable_links(config)),
     })
 }

@@ -3,10 +3,11 @@
 use super::{
     SessionError,
     config::{Config, Output},
-    hostname, unix_ns,
+    watch::unix_ns,
 };
 use crate::{
     preflight::host::HostFacts,
+    process::host,
     recording::{self, SessionFacts},
     report::{self, ReportFile},
 };
@@ -31,7 +32,7 @@ impl OutputFile {
                 let facts = SessionFacts {
                     started_unix_ns: unix_ns(),
                     kernel: host.kernel_release.clone(),
-                    hostname: hostname(),
+                    hostname: host::name(),
                 };
                 OutputKind::Recording(Box::new(recording::Writer::create(path, &facts)?))
             }

@@ -7,14 +7,12 @@ use std::{
     sync::Arc,
 };
 
-use leakbpf_common::{
-    abi::{BlockKey, Loss, Owner, SiteCounters, StackId},
-    sampling::COUNT_SHIFT,
-};
+use leakbpf_common::abi::{BlockKey, Loss, Owner, StackId};
 
 use super::{
-    config::Method,
+    counting::Counting,
     fold::Folded,
+    jit,
     life::{Life, PlacedFrame, Stack},
     modules::Modules,
 };
@@ -77,7 +75,7 @@ struct Known {
 /// What of a session is shown.
 pub struct View<'a> {
     pub mode: Mode,
-    pub method: Method,
+    pub counting: Counting,
     pub filter: BlockFilter,
     /// Of the whole session, by site.
     pub survivors: &'a [(SiteId, Counters)],
@@ -150,7 +148,7 @@ impl Sites {
         by_owner: &HashMap<Owner, ProcessId>,
         now_ns: u64,
     ) -> Result<Census, KernelError> {
-        let View { mode, method, filter, survivors } = view;
+        let View { mode, counting, filter, survivors } = view;
         let failed = |map| move |source: io::Error| KernelError::Map { map, source };
         let mut stacks_missing = 0;
         let mut counters: BTreeMap<SiteId, Site> = BTreeMap::new();
@@ -165,7 +163,7 @@ impl Sites {
             let (id, complete) = self.of(lives, life, key.stack, SiteKind::Heap);
             stacks_missing += u64::from(!complete);
             let replaced = lives.get(life.0).is_some_and(Life::replaced);
-            let mut value = heap_counters(method.mode_of(SiteKind::Heap), &value);
+            let mut value = counting.heap_counters(&value);
             if replaced {
                 value.freed_bytes = value.allocated_bytes;
                 value.freed_count = value.allocated_count;
@@ -193,7 +191,7 @@ impl Sites {
                 let process = ProcessId(index);
                 let (id, complete) = self.of(lives, process, stack, SiteKind::Resident);
                 stacks_missing += u64::from(!complete);
-                let mut value = page_counters(mode, value);
+                let mut value = counting.page_counters(value);
                 if life.replaced() {
                     value.freed_bytes = value.allocated_bytes;
                     value.freed_count = value.allocated_count;
@@ -219,7 +217,7 @@ impl Sites {
             let block = entry?;
             if filter.keeps(block.size_bytes, block.age_ns) {
                 let site = outstanding.sites.entry(&mut counters, block.site);
-                site.count_live(block.size_bytes, block.age_ns, method.mode_of(site.kind));
+                site.count_live(block.size_bytes, block.age_ns, counting.mode_of(site.kind));
             }
         }
         let sites = (0..self.sites.len())
@@ -335,7 +333,7 @@ impl Sites {
                                 let map = self.jit.entry(known.process).or_insert_with(|| {
                                     life.and_then(|life| life.perf_map.as_ref()?.read())
                                 });
-                                super::jit_symbols(map.as_ref(), frame.avma)
+                                jit::symbols(map.as_ref(), frame.avma)
                             }
                         };
                         Frame {
@@ -421,24 +419,6 @@ impl Iterator for Outstanding<'_> {
             }));
         }
     }
-}
-
-/// What went through a site of the kernel side, without what is live.
-pub fn heap_counters(mode: Mode, value: &SiteCounters) -> Counters {
-    let fraction = if matches!(mode, Mode::Sample { .. }) { COUNT_SHIFT } else { 0 };
-    Counters {
-        allocated_bytes: value.allocated_bytes,
-        allocated_count: value.allocated_count >> fraction,
-        freed_bytes: value.freed_bytes,
-        freed_count: value.freed_count >> fraction,
-        ..Counters::default()
-    }
-}
-
-/// What the pages that were seen stand for, without what is live.
-pub fn page_counters(mode: Mode, seen: Counters) -> Counters {
-    let one_in = if let Mode::Pages { one_in } = mode { one_in } else { 1 };
-    Counters { live_bytes: 0, live_count: 0, ..seen }.times(one_in)
 }
 
 /// Losses by name, all present.

@@ -6,7 +6,7 @@ use std::{
     num::NonZeroU32,
     ops::RangeInclusive,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use leakbpf_common::abi::{
@@ -658,6 +658,12 @@ impl Drop for Watch {
 /// Generation of a life that the agent begins; those of the kernel side count time, too.
 fn generation() -> u32 {
     (monotonic_ns() >> 14) as u32
+}
+
+/// Nanoseconds after the Unix epoch.
+pub fn unix_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// `CLOCK_MONOTONIC`, which is the clock of the kernel side.

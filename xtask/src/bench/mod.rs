@@ -209,7 +209,11 @@ fn answer(question: &Question) -> Result<()> {
         Question::Overhead { choice, flags, rounds, slice } => {
             let span = Duration::from_secs(*slice);
             let workloads = choice.workloads(&[Kind::Server, Kind::Job]);
-            ("overhead", choice.is_whole(), overhead::run(&workloads, *rounds, span, &flags.arguments())?)
+            (
+                "overhead",
+                choice.is_whole(),
+                overhead::run(&workloads, *rounds, span, &flags.arguments())?,
+            )
         }
         Question::Leak { choice, mode, seconds, rate, further } => {
             let span = Duration::from_secs(*seconds);

@@ -46,9 +46,7 @@ struct Twins {
 
 impl Twins {
     fn add(&mut self, more: &Self) {
-        for (sum, more) in
-            [(&mut self.watched, &more.watched), (&mut self.other, &more.other)]
-        {
+        for (sum, more) in [(&mut self.watched, &more.watched), (&mut self.other, &more.other)] {
             sum.units += more.units;
             sum.cpu_seconds += more.cpu_seconds;
         }
@@ -181,14 +179,15 @@ fn tables(by_minute: &[(usize, Twins)], unwatched: &[Twins; LEVELS.len()]) -> St
             taken += all.watched.cpu_seconds;
             expected += all.other.cpu_seconds;
         }
-        let signed = |value: Option<f64>| {
-            value.map_or_else(|| figure(None), |value| format!("{value:+.2}"))
-        };
+        let signed =
+            |value: Option<f64>| value.map_or_else(|| figure(None), |value| format!("{value:+.2}"));
         table.row(
             &format!("{:.0} % of the time, kind {}", share * 100.0, kind + 1),
             &[
                 minutes.len().to_string(),
-                figure((all.other.units > 0.0).then(|| all.other.cpu_seconds * 1e6 / all.other.units)),
+                figure(
+                    (all.other.units > 0.0).then(|| all.other.cpu_seconds * 1e6 / all.other.units),
+                ),
                 signed(more(&all, &unwatched[number])),
                 signed(each.min()),
                 signed(each.median()),
