@@ -88,14 +88,17 @@ enum Question {
     },
     /// Whether the budget holds for long, under a load that changes every minute
     Soak {
-        /// The program, of which two run
-        #[arg(long, default_value = "redis", value_parser = workload_parser(), value_name = "NAME")]
-        only: &'static Workload,
+        /// Measure these servers, of each of which two run
+        #[arg(long, default_value = "redis", value_delimiter = ',', value_parser = workload_parser(), value_name = "NAME")]
+        only: Vec<&'static Workload>,
         #[command(flatten)]
         flags: Flags,
         /// How long leakbpf watches
         #[arg(long, default_value_t = 60, value_name = "N")]
         minutes: u32,
+        /// How long the two are compared before and after, with nobody watched
+        #[arg(long, default_value_t = 6, value_name = "N")]
+        unwatched: u32,
         /// Print the tables only
         #[arg(long)]
         dry_run: bool,
@@ -119,8 +122,8 @@ struct Choice {
 #[derive(Args)]
 struct Flags {
     /// leakbpf's mode
-    #[arg(long, default_value = "pages")]
-    mode: String,
+    #[arg(long)]
+    mode: Option<String>,
     /// Of the mode `auto`
     #[arg(long, value_name = "PERCENT")]
     max_overhead: Option<String>,
@@ -130,8 +133,9 @@ struct Flags {
 }
 
 impl Flags {
-    fn arguments(&self) -> Vec<String> {
-        let mut arguments = ["--mode".to_owned(), self.mode.clone()].to_vec();
+    fn arguments(&self, usual_mode: &str) -> Vec<String> {
+        let mode = self.mode.as_deref().unwrap_or(usual_mode);
+        let mut arguments = ["--mode", mode].map(str::to_owned).to_vec();
         if let Some(percent) = &self.max_overhead {
             arguments.extend(["--max-overhead".to_owned(), percent.clone()]);
         }
@@ -212,7 +216,7 @@ fn answer(question: &Question) -> Result<()> {
             (
                 "overhead",
                 choice.is_whole(),
-                overhead::run(&workloads, *rounds, span, &flags.arguments())?,
+                overhead::run(&workloads, *rounds, span, &flags.arguments("pages"))?,
             )
         }
         Question::Leak { choice, mode, seconds, rate, further } => {
@@ -220,8 +224,13 @@ fn answer(question: &Question) -> Result<()> {
             let workloads = choice.workloads(&[Kind::Server]);
             ("leak", choice.is_whole(), leak::run(&workloads, mode, span, *rate, further)?)
         }
-        Question::Soak { only, flags, minutes, dry_run } => {
-            ("soak", !dry_run, soak::run(only, *minutes, &flags.arguments())?)
+        Question::Soak { only, flags, minutes, unwatched, dry_run } => {
+            let arguments = flags.arguments("auto");
+            let tables: Result<Vec<String>> = only
+                .iter()
+                .map(|workload| soak::run(workload, *minutes, *unwatched, &arguments))
+                .collect();
+            ("soak", !dry_run, tables?.join("\n"))
         }
         Question::LoadMemcached { .. } => return Ok(()),
     };

@@ -21,14 +21,14 @@ use super::workloads::{Running, Workload};
 /// more than one.
 const LEVELS: [(f64, usize); 6] = [(1.0, 0), (0.3, 0), (1.0, 1), (0.05, 0), (0.5, 1), (0.0, 0)];
 
+/// Different loads among the levels.
+const KINDS: usize = 2;
+
 /// A load level's time.
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// In each of them both twins have their turn.
-const CYCLE: Duration = Duration::from_secs(4);
-
-/// Before and after: each level but the idle one for so long.
-const UNWATCHED: Duration = Duration::from_secs(20);
+/// In each of them both twins have their turn: shorter than what the machine's speed drifts in.
+const CYCLE: Duration = Duration::from_secs(1);
 
 /// What one of the twins did and took.
 #[derive(Debug, Clone, Copy, Default)]
@@ -98,26 +98,33 @@ impl Soak {
         Ok(twins)
     }
 
-    /// Each level for a while, with nobody watching.
-    fn compare(&mut self, into: &mut [Twins; LEVELS.len()]) -> Result<()> {
-        for (level, sum) in LEVELS.iter().zip(into) {
-            if level.0 > 0.0 {
-                sum.add(&self.run(*level, UNWATCHED)?);
-            }
+    /// Each kind of load for a while, with nobody watching.
+    fn compare(&mut self, minutes: u32, into: &mut [Twins; KINDS]) -> Result<()> {
+        for turn in 0..minutes as usize {
+            let kind = turn % KINDS;
+            let twins = self.run((1.0, kind), MINUTE)?;
+            eprintln!("soak: nobody watched, kind {}: {:?}", kind + 1, twins.ratio());
+            into.get_mut(kind).context("a kind")?.add(&twins);
         }
         Ok(())
     }
 }
 
-pub fn run(workload: &Workload, minutes: u32, arguments: &[String]) -> Result<String> {
+/// Runs for `minutes` watched, and for `unwatched_minutes` before and after.
+pub fn run(
+    workload: &Workload,
+    minutes: u32,
+    unwatched_minutes: u32,
+    arguments: &[String],
+) -> Result<String> {
     let mut soak = Soak {
         watched: Running::start(workload, &Default::default())?,
         other: Running::start(workload, &Default::default())?,
         turn: true,
     };
-    let mut unwatched = [Twins::default(); LEVELS.len()];
-    eprintln!("soak: {}: the twins by themselves", workload.name);
-    soak.compare(&mut unwatched)?;
+    let mut unwatched = [Twins::default(); KINDS];
+    eprintln!("soak: {}", workload.name);
+    soak.compare(unwatched_minutes, &mut unwatched)?;
 
     let file = program::folder()?.join(format!("soak-{}.json", workload.name));
     let _ = fs::remove_file(&file);
@@ -133,14 +140,14 @@ pub fn run(workload: &Workload, minutes: u32, arguments: &[String]) -> Result<St
         by_minute.push((number, twins));
     }
     agent.stop()?;
-    eprintln!("soak: {}: the twins by themselves, again", workload.name);
-    soak.compare(&mut unwatched)?;
+    soak.compare(unwatched_minutes, &mut unwatched)?;
 
     let text = fs::read_to_string(&file).with_context(|| format!("read {output}"))?;
     let report: Value = serde_json::from_str(&text).with_context(|| format!("parse {output}"))?;
     let tables = tables(&by_minute, &unwatched);
     Ok(format!(
-        "{}, `leakbpf record {}`, {minutes} minutes:\n\n{tables}\n{}\n",
+        "{}, `leakbpf record {}`, {minutes} minutes, and {unwatched_minutes} before and after with nobody \
+         watched:\n\n{tables}\n{}\n",
         workload.title,
         arguments.join(" "),
         said(&report)
@@ -152,7 +159,7 @@ fn more(twins: &Twins, unwatched: &Twins) -> Option<f64> {
     Some((twins.ratio()? / unwatched.ratio()? - 1.0) * 100.0)
 }
 
-fn tables(by_minute: &[(usize, Twins)], unwatched: &[Twins; LEVELS.len()]) -> String {
+fn tables(by_minute: &[(usize, Twins)], unwatched: &[Twins; KINDS]) -> String {
     let mut table = Table::new(&[
         "load",
         "minutes",
@@ -170,9 +177,9 @@ fn tables(by_minute: &[(usize, Twins)], unwatched: &[Twins; LEVELS.len()]) -> St
         let (mut all, mut each) = (Twins::default(), Samples::default());
         for twins in &minutes {
             all.add(twins);
-            more(twins, &unwatched[number]).into_iter().for_each(|percent| each.push(percent));
+            more(twins, &unwatched[*kind]).into_iter().for_each(|percent| each.push(percent));
         }
-        if let (Some(ratio), Some(own)) = (all.ratio(), unwatched[number].ratio()) {
+        if let (Some(ratio), Some(own)) = (all.ratio(), unwatched[*kind].ratio()) {
             taken += all.other.cpu_seconds / all.other.units * all.watched.units * ratio;
             expected += all.other.cpu_seconds / all.other.units * all.watched.units * own;
         } else {
@@ -188,7 +195,7 @@ fn tables(by_minute: &[(usize, Twins)], unwatched: &[Twins; LEVELS.len()]) -> St
                 figure(
                     (all.other.units > 0.0).then(|| all.other.cpu_seconds * 1e6 / all.other.units),
                 ),
-                signed(more(&all, &unwatched[number])),
+                signed(more(&all, &unwatched[*kind])),
                 signed(each.min()),
                 signed(each.median()),
                 signed(each.max()),
@@ -231,7 +238,7 @@ mod tests {
             watched: Sum { units, cpu_seconds: watched },
             other: Sum { units, cpu_seconds: other },
         };
-        let unwatched = [twins(1.0, 1.0, 1.0); LEVELS.len()];
+        let unwatched = [twins(1.0, 1.0, 1.0); KINDS];
         // 2 % of 99 seconds and 100 % of one.
         let minutes = [(0, twins(99.0, 99.0 * 1.02, 99.0)), (1, twins(1.0, 2.0, 1.0))];
         let text = tables(&minutes, &unwatched);
