@@ -20,7 +20,6 @@ const FILTERED_ERRNO: i32 = 3999;
 
 const KERNEL_TYPES: &str = "/sys/kernel/btf/vmlinux";
 
-/// Looks at this machine and at the agent's rights. What cannot be read counts as absent.
 /// Whether the kernel takes the CPU away from its own code; where it does not say, it may.
 pub fn kernel_preempts() -> bool {
     let version = line("/proc/version").unwrap_or_default();
@@ -46,6 +45,7 @@ fn preempts(version: &str, model: Option<&str>) -> bool {
     }
 }
 
+/// Looks at this machine and at the agent's rights. What cannot be read counts as absent.
 pub fn observe() -> HostFacts {
     let kernel_release = line("/proc/sys/kernel/osrelease").unwrap_or_default();
     let status = Status::of(Pid::current()).unwrap_or_default();

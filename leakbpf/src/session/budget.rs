@@ -185,8 +185,10 @@ impl Budget {
         let spent = now.spent_ns.saturating_sub(self.last.spent_ns) as f64;
         let target = now.target_cpu_ns.saturating_sub(self.last.target_cpu_ns) as f64;
         // What the probes cost is estimated, the processes' time is not.
-        let own = (target - spent).max(LEAST_USE * time);
-        self.credit_ns += EARNED * self.share * own - spent;
+        let own = (target - spent).max(0.0);
+        // Over some time: the pauses of a process that is busy are no reason to spend more.
+        let added = (LEAST_USE - self.own_rate).max(0.0) * time;
+        self.credit_ns += EARNED * self.share * (own + added) - spent;
         if time > 0.0 {
             let period = CONTROL_PERIOD.as_nanos() as f64;
             let weight = 1.0 - (-time / period).exp();
@@ -226,7 +228,7 @@ impl Budget {
     }
 
     fn earning_rate(&self) -> f64 {
-        EARNED * self.share * self.own_rate
+        EARNED * self.share * self.own_rate.max(LEAST_USE)
     }
 }
 

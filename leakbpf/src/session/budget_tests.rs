@@ -218,3 +218,13 @@ fn blocks_are_not_sampled_where_that_is_not_enough() {
         assert_eq!(first.1, Step::Close, "{price}");
     }
 }
+
+#[test]
+fn the_pauses_of_a_busy_process_earn_nothing() {
+    let mut simulation = Simulation::new(0.01);
+    for _ in 0..300 {
+        simulation.run(Load { ms: 500, processors: 0.3, price: 5.0 });
+        simulation.run(Load { ms: 500, processors: 0.0, price: 5.0 });
+    }
+    assert!(simulation.share() < 0.0097, "{}", simulation.share());
+}

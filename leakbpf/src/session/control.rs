@@ -303,11 +303,12 @@ impl Control {
             .blocks
             .take(|key, block| {
                 let is_old = block.born_ns < window.opened_ns;
-                let survived = seen.block(key, block);
-                if !(is_old || survived && told) {
-                    return true;
-                }
-                let Some(site) = seen.living_site(key.owner, block.stack) else { return true };
+                let site = if is_old {
+                    seen.living_site(key.owner, block.stack)
+                } else {
+                    seen.survivor(key, block).filter(|_| told)
+                };
+                let Some(site) = site else { return true };
                 if is_old {
                     *still_there.entry(site).or_default() += 1;
                 }
@@ -365,7 +366,7 @@ impl Control {
             }
             for entry in watch.kernel.blocks.walk() {
                 let (key, block) = entry.map_err(failed("BLOCKS"))?;
-                seen.block(&key, &block);
+                seen.survivor(&key, &block);
             }
             let seen = seen.by_site;
             let mut windows = self.windows.clone();
@@ -410,19 +411,19 @@ impl<'a> Tallies<'a> {
         }
     }
 
-    /// Whether the block has survived the window.
-    fn block(&mut self, key: &BlockKey, block: &Block) -> bool {
+    /// Counts the block if it has survived the window, and tells its site.
+    fn survivor(&mut self, key: &BlockKey, block: &Block) -> Option<SiteId> {
         let early = self.window.opened_ns..self.window.middle_ns();
         if !early.contains(&block.born_ns) {
-            return false;
+            return None;
         }
-        let Some(site) = self.living_site(key.owner, block.stack) else { return false };
+        let site = self.living_site(key.owner, block.stack)?;
         let heap = SiteKind::Heap;
         let estimate = self.counting.mode_of(heap).estimate(heap, block.size_bytes);
         let seen = self.by_site.entry(site).or_default();
         seen.survived_bytes = seen.survived_bytes.saturating_add(estimate.bytes);
         seen.survived_count = seen.survived_count.saturating_add(estimate.count);
-        true
+        Some(site)
     }
 
     /// The site of a process that lives: what a process has when it ends goes with it.

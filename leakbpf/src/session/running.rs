@@ -38,6 +38,14 @@ use crate::{
 /// to huge ones later.
 const LOOK_AT_FRESH_PAGES: Duration = Duration::from_millis(250);
 
+/// Waits for a time; for good, when there is none.
+async fn until(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
 pub struct Session<'a> {
     config: &'a Config,
     watch: Watch,
@@ -88,28 +96,10 @@ impl<'a> Session<'a> {
         let mut progress_tick = tokio::time::interval(Duration::from_secs(1));
         let mut progress = Progress::new();
         let mut look = tokio::time::interval(LOOK_AT_FRESH_PAGES);
-        let deadline = self.config.duration.map(|duration| tokio::time::Instant::now() + duration);
+        let deadline = self.config.duration.map(|duration| Instant::now() + duration);
         loop {
-            let deadline_reached = async {
-                match deadline {
-                    Some(deadline) => tokio::time::sleep_until(deadline).await,
-                    None => std::future::pending().await,
-                }
-            };
             let headless_due = self.watch.headless_due();
-            let headless = async {
-                match headless_due {
-                    Some(due) => tokio::time::sleep_until(due.into()).await,
-                    None => std::future::pending().await,
-                }
-            };
             let control_due = self.control.due();
-            let control = async {
-                match control_due {
-                    Some(due) => tokio::time::sleep_until(due.into()).await,
-                    None => std::future::pending().await,
-                }
-            };
             tokio::select! {
                 biased;
                 signal = signals.next() => {
@@ -125,8 +115,8 @@ impl<'a> Session<'a> {
                         program.forward(signal).map_err(SessionError::Events)?;
                     }
                 }
-                () = deadline_reached => break,
-                () = control => self.keep_within_budget()?,
+                () = until(deadline) => break,
+                () = until(control_due) => self.keep_within_budget()?,
                 Some((pid, owner)) = exited.recv() => {
                     // What it did last is still in the ring buffer.
                     self.drain();
@@ -136,7 +126,7 @@ impl<'a> Session<'a> {
                     }
                     self.fold(fold::KEPT_WHOLE)?;
                 }
-                () = headless => self.watch.attend_headless(),
+                () = until(headless_due) => self.watch.attend_headless(),
                 _ = interval.tick() => {
                     self.drain();
                     progress.clear();
