@@ -84,8 +84,9 @@ impl Folders {
         Ok(folder)
     }
 
+    /// For temporary files of this run: another one may go on at the same time.
     fn temporary(&self) -> PathBuf {
-        self.work.join("tmp")
+        self.work.join(format!("tmp-{}", std::process::id()))
     }
 
     fn command(&self, target: Target) -> Command {
