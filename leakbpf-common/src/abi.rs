@@ -3,6 +3,8 @@
 //! Every struct is `repr(C)`, holds only integers and has no padding, so that it can be a map key,
 //! a map value or a ring buffer record as it is.
 
+use crate::sampling::Sampling;
+
 /// Most frames of one stack.
 pub const MAX_FRAMES: usize = 127;
 
@@ -67,6 +69,7 @@ pub struct SiteKey {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct SiteCounters {
     pub allocated_bytes: u64,
+    /// Blocks; where they may be sampled, in units of 2^-[`COUNT_SHIFT`](crate::sampling::COUNT_SHIFT).
     pub allocated_count: u64,
     pub freed_bytes: u64,
     pub freed_count: u64,
@@ -102,8 +105,7 @@ pub struct Control {
     pub enabled: u64,
     /// 0: those at allocator functions do.
     pub calls: u64,
-    /// Bytes from one recorded block to the next, on average; 0: every block is recorded.
-    pub sample_interval: u64,
+    pub sampling: Sampling,
 }
 
 /// What the programs at allocator functions have cost; the only entry of the per-CPU cost map.
@@ -562,7 +564,7 @@ const _: () = {
     assert!(size_of::<SiteKey>() == 16);
     assert!(size_of::<SiteCounters>() == 40);
     assert!(size_of::<ProcessState>() == 24);
-    assert!(size_of::<Control>() == 24);
+    assert!(size_of::<Control>() == 32);
     assert!(size_of::<RecordHead>() == 24);
     assert!(size_of::<StackRecord>() == 24 + 24 + 8 * MAX_FRAMES);
     assert!(size_of::<MappingRecord>() == 24 + 48);

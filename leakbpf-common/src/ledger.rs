@@ -11,7 +11,7 @@
 
 use crate::{
     abi::{Block, BlockKey, Cookie, Loss, MAX_IN_FLIGHT, Owner, Role, SizeRule, StackId, Tally},
-    sampling,
+    sampling::{self, Sampling},
 };
 
 /// Two calls whose stack pointers are nearer than this are on the same stack, the lower one
@@ -31,15 +31,14 @@ pub trait Books {
     /// Takes a block out.
     fn take(&mut self, key: &BlockKey) -> Option<Block>;
     /// Adds an allocation to its site.
-    fn allocated(&mut self, owner: Owner, stack: StackId, size_bytes: u64);
+    fn allocated(&mut self, owner: Owner, block: &Block);
     /// Adds a release to the site that had allocated.
-    fn freed(&mut self, owner: Owner, stack: StackId, size_bytes: u64);
+    fn freed(&mut self, owner: Owner, block: &Block);
     fn lost(&mut self, loss: Loss);
     fn tally(&mut self, tally: Tally);
     /// Reads a word of the current process's memory.
     fn read_word(&mut self, address: u64) -> Option<u64>;
-    /// Bytes from one recorded block to the next, on average; 0 where every block is.
-    fn sample_interval(&self) -> u64;
+    fn sampling(&self) -> Sampling;
     fn random(&mut self) -> u32;
 }
 
@@ -78,8 +77,19 @@ pub struct InFlight {
     /// The block taken aside; meaningful when `aside` is 1.
     pub old: Block,
     pub aside: u32,
-    /// 1 when the block that it makes is recorded.
+    /// [`Choice`].
     pub chosen: u32,
+}
+
+/// Whether the block that a call makes is recorded.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Choice {
+    Not = 0,
+    /// As every one is.
+    Certain = 1,
+    /// Among others that are not.
+    Sampled = 2,
 }
 
 /// A thread's calls in flight; the value of the thread map.
@@ -122,6 +132,8 @@ pub struct Birth {
     pub owner: Owner,
     pub address: u64,
     pub size_bytes: u64,
+    /// Other blocks were not recorded.
+    pub sampled: bool,
 }
 
 impl ThreadState {
@@ -226,7 +238,7 @@ fn put_back(books: &mut impl Books, owner: Owner, call: &InFlight) {
             Err(NotPut::Full) => Loss::BlocksFull,
         };
         books.lost(loss);
-        books.freed(owner, call.old.stack, call.old.size_bytes);
+        books.freed(owner, &call.old);
     }
 }
 
@@ -264,8 +276,11 @@ pub fn enter(thread: &mut ThreadState, books: &mut impl Books, call: &Call) {
         }
     }
     // Of what is resized in place, the size is known at its end.
-    let chosen = call.cookie.role == Role::ResizeInPlace
-        || is_chosen(&mut thread.until_sample, books, size_bytes);
+    let chosen = if call.cookie.role == Role::ResizeInPlace {
+        Choice::Certain
+    } else {
+        choose(&mut thread.until_sample, books, size_bytes)
+    };
     thread.depth += 1;
     let slot = thread.innermost();
     let entry = &mut thread.calls[slot];
@@ -280,20 +295,24 @@ pub fn enter(thread: &mut ThreadState, books: &mut impl Books, call: &Call) {
     entry.return_address = return_address;
     entry.old = old;
     entry.aside = aside;
-    entry.chosen = u32::from(chosen);
+    entry.chosen = chosen as u32;
 }
 
-/// Whether a block is recorded.
 #[inline(always)]
-fn is_chosen(until_sample: &mut u64, books: &mut impl Books, size_bytes: u64) -> bool {
-    let interval = books.sample_interval();
-    interval == 0 || sampling::choose(until_sample, size_bytes, interval, || books.random())
+fn choose(until_sample: &mut u64, books: &mut impl Books, size_bytes: u64) -> Choice {
+    match books.sampling().interval_bytes {
+        0 => Choice::Certain,
+        interval if sampling::choose(until_sample, size_bytes, interval, || books.random()) => {
+            Choice::Sampled
+        }
+        _ => Choice::Not,
+    }
 }
 
 /// A block is released that is not in the books: it is older than the session, or was not chosen.
 #[inline(always)]
 fn unknown_free(books: &mut impl Books) {
-    if books.sample_interval() == 0 {
+    if books.sampling().interval_bytes == 0 {
         books.tally(Tally::UnknownFrees);
     }
 }
@@ -366,8 +385,9 @@ fn settle(
     }
     let cookie = Cookie::unpack(call.cookie)?;
     let birth = |address| {
-        let birth = Birth { owner, address, size_bytes: call.size_bytes };
-        (call.chosen != 0).then_some(birth)
+        let sampled = call.chosen == Choice::Sampled as u32;
+        let birth = Birth { owner, address, size_bytes: call.size_bytes, sampled };
+        (call.chosen != Choice::Not as u32).then_some(birth)
     };
     match cookie.role {
         Role::Allocate => {
@@ -394,7 +414,7 @@ fn settle(
             let released = result != 0 || call.size_bytes == 0 || cookie.frees_on_failure;
             if released {
                 if call.aside != 0 {
-                    books.freed(owner, call.old.stack, call.old.size_bytes);
+                    books.freed(owner, &call.old);
                 }
             } else {
                 put_back(books, owner, call);
@@ -409,16 +429,18 @@ fn settle(
             // The result counts the allocator's rounding, too.
             let size_bytes = result.min(call.size_bytes.saturating_add(call.extra_bytes));
             if call.aside != 0 {
-                books.freed(owner, call.old.stack, call.old.size_bytes);
+                books.freed(owner, &call.old);
             }
-            if books.sample_interval() != 0 {
+            if books.sampling().interval_bytes != 0 {
                 // A block of another size stands for others, and is chosen anew.
-                let birth = Birth { owner, address: call.pointer, size_bytes };
-                return is_chosen(until_sample, books, size_bytes).then_some(birth);
+                let birth = Birth { owner, address: call.pointer, size_bytes, sampled: true };
+                let chosen = choose(until_sample, books, size_bytes) != Choice::Not;
+                return chosen.then_some(birth);
             }
             if call.aside != 0 {
-                books.allocated(owner, call.old.stack, size_bytes);
-                let resized = InFlight { old: Block { size_bytes, ..call.old }, ..*call };
+                let old = Block { size_bytes, ..call.old };
+                books.allocated(owner, &old);
+                let resized = InFlight { old, ..*call };
                 put_back(books, owner, &resized);
             }
             None
@@ -431,12 +453,13 @@ fn settle(
 #[inline(always)]
 pub fn born(books: &mut impl Books, birth: &Birth, stack: StackId, now_ns: u64) {
     let key = BlockKey { owner: birth.owner, address: birth.address };
-    let block = Block { size_bytes: birth.size_bytes, born_ns: now_ns, stack };
+    let born_ns = books.sampling().birth_ns(birth.sampled, now_ns);
+    let block = Block { size_bytes: birth.size_bytes, born_ns, stack };
     match books.put(&key, &block) {
         Put::New => {}
         Put::Replaced(ghost) => {
             books.lost(Loss::FreesMissed);
-            books.freed(birth.owner, ghost.stack, ghost.size_bytes);
+            books.freed(birth.owner, &ghost);
         }
         // What is not in the books is not in the counters either: they must agree.
         Put::Full => {
@@ -444,7 +467,7 @@ pub fn born(books: &mut impl Books, birth: &Birth, stack: StackId, now_ns: u64) 
             return;
         }
     }
-    books.allocated(birth.owner, stack, birth.size_bytes);
+    books.allocated(birth.owner, &block);
 }
 
 /// A block of `owner` is about to be released. `thread` is absent when the thread never allocated.
@@ -461,7 +484,7 @@ pub fn free(thread: Option<&mut ThreadState>, books: &mut impl Books, owner: Own
     }
     let key = BlockKey { owner, address: call.pointer };
     match books.take(&key) {
-        Some(block) => books.freed(owner, block.stack, block.size_bytes),
+        Some(block) => books.freed(owner, &block),
         None => unknown_free(books),
     }
 }

@@ -36,6 +36,49 @@ impl Weight {
     }
 }
 
+/// Which blocks are recorded at a moment, and which of those that were stand for others.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sampling {
+    /// Bytes from one recorded block to the next, on average; 0: every block is recorded.
+    pub interval_bytes: u64,
+    /// Blocks that were born before stand for themselves alone: all were recorded then
+    /// (`CLOCK_MONOTONIC`).
+    pub since_ns: u64,
+}
+
+impl Sampling {
+    /// Every block is recorded.
+    pub const NONE: Self = Self { interval_bytes: 0, since_ns: u64::MAX };
+
+    /// What a recorded block stands for.
+    #[inline(always)]
+    pub fn weight(&self, size_bytes: u64, born_ns: u64) -> Weight {
+        if born_ns < self.since_ns || self.interval_bytes == 0 {
+            Weight::one(size_bytes)
+        } else {
+            weight(size_bytes, self.interval_bytes)
+        }
+    }
+
+    /// When a block counts as born that is there since `now_ns`, so that this tells how it was chosen:
+    /// its call may have begun before the switch.
+    #[inline(always)]
+    pub fn birth_ns(&self, sampled: bool, now_ns: u64) -> u64 {
+        if sampled {
+            now_ns.max(self.since_ns)
+        } else {
+            now_ns.min(self.since_ns.saturating_sub(1))
+        }
+    }
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self::NONE
+    }
+}
+
 /// Whether a block of `size_bytes` is chosen. `until` is how many bytes its thread has still to
 /// allocate until the next chosen one; 0 when that is not drawn yet. `random` gives 32 random bits.
 #[inline(always)]

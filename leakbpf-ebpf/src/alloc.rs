@@ -134,16 +134,16 @@ fn cookie(ctx: &ProbeContext) -> Option<Cookie> {
 
 #[inline(always)]
 fn begin(ctx: &ProbeContext) -> Option<()> {
-    let interval = maps::counts_calls()?;
+    let sampling = maps::counting_calls()?;
     let thread = thread_state(bpf_get_current_pid_tgid())?;
     let call = call(ctx, cookie(ctx)?);
-    ledger::enter(thread, &mut KernelBooks::new(interval), &call);
+    ledger::enter(thread, &mut KernelBooks::new(sampling), &call);
     Some(())
 }
 
 #[inline(always)]
 fn release(ctx: &ProbeContext) -> Option<()> {
-    let interval = maps::counts_calls()?;
+    let sampling = maps::counting_calls()?;
     let pid_tgid = bpf_get_current_pid_tgid();
     // SAFETY: only the thread itself writes its state.
     let thread = THREADS.get_ptr_mut(pid_tgid).map(|state| unsafe { &mut *state });
@@ -152,7 +152,7 @@ fn release(ctx: &ProbeContext) -> Option<()> {
         None => processes::watched((pid_tgid >> 32) as u32)?.owner,
     };
     let call = call(ctx, cookie(ctx)?);
-    ledger::free(thread, &mut KernelBooks::new(interval), owner, &call);
+    ledger::free(thread, &mut KernelBooks::new(sampling), owner, &call);
     Some(())
 }
 
@@ -199,7 +199,7 @@ fn finish_in_place(ctx: &ProbeContext) -> Option<()> {
 
 #[inline(always)]
 fn settle(ended: impl FnOnce() -> Option<Return>) -> Option<()> {
-    let interval = maps::counts_calls()?;
+    let sampling = maps::counting_calls()?;
     let pid_tgid = bpf_get_current_pid_tgid();
     let thread = THREADS.get_ptr_mut(pid_tgid)?;
     // SAFETY: only the thread itself writes its state.
@@ -208,11 +208,11 @@ fn settle(ended: impl FnOnce() -> Option<Return>) -> Option<()> {
         return None;
     }
     let Return { result, stack_pointer, registers } = ended()?;
-    if settings::get(&settings::SAMPLES) != 0 && ledger::leave_unseen(thread, stack_pointer) {
+    if settings::get(&settings::MAY_SAMPLE) != 0 && ledger::leave_unseen(thread, stack_pointer) {
         return None;
     }
     let process = processes::watched((pid_tgid >> 32) as u32)?;
-    let mut books = KernelBooks::new(interval);
+    let mut books = KernelBooks::new(sampling);
     let birth = ledger::leave(thread, &mut books, stack_pointer, result)?;
     let captured = stack::capture(process.owner, process.library_epoch, &registers);
     books.remember(&captured);

@@ -9,7 +9,7 @@ use aya_ebpf::{
 use leakbpf_common::{
     abi::{Block, BlockKey, Loss, Owner, SiteCounters, SiteKey, StackId, Tally},
     ledger::{Books, NotPut, Put},
-    sampling::{self, Weight},
+    sampling::{Sampling, Weight},
 };
 
 use crate::{
@@ -20,25 +20,22 @@ use crate::{
 pub struct KernelBooks {
     /// The site that the next allocation is likely to be of.
     site: Option<(StackId, *mut SiteCounters)>,
-    /// Bytes from one recorded block to the next, on average; 0 where every block is.
-    sample_interval: u64,
+    sampling: Sampling,
 }
 
 impl KernelBooks {
     #[inline(always)]
-    pub const fn new(sample_interval: u64) -> Self {
-        Self { site: None, sample_interval }
+    pub const fn new(sampling: Sampling) -> Self {
+        Self { site: None, sampling }
     }
 
     /// What a recorded block adds to its site.
     #[inline(always)]
-    fn weight(&self, size_bytes: u64) -> Weight {
-        if settings::get(&settings::SAMPLES) == 0 {
-            return Weight { bytes: size_bytes, count: 1 };
-        }
-        match self.sample_interval {
-            0 => Weight::one(size_bytes),
-            interval => sampling::weight(size_bytes, interval),
+    fn weight(&self, block: &Block) -> Weight {
+        if settings::get(&settings::MAY_SAMPLE) == 0 {
+            Weight { bytes: block.size_bytes, count: 1 }
+        } else {
+            self.sampling.weight(block.size_bytes, block.born_ns)
         }
     }
 
@@ -74,7 +71,7 @@ impl Books for KernelBooks {
                     (Err(_), ghost) => {
                         // Another CPU was quicker to take the room that the ghost left.
                         if let Some(ghost) = ghost {
-                            self.freed(key.owner, ghost.stack, ghost.size_bytes);
+                            self.freed(key.owner, &ghost);
                         }
                         Put::Full
                     }
@@ -103,7 +100,8 @@ impl Books for KernelBooks {
     }
 
     #[inline(always)]
-    fn allocated(&mut self, owner: Owner, stack: StackId, size_bytes: u64) {
+    fn allocated(&mut self, owner: Owner, block: &Block) {
+        let stack = block.stack;
         let site = match self.site {
             Some((known, site)) if known == stack => Some(site),
             _ => {
@@ -118,7 +116,7 @@ impl Books for KernelBooks {
         if let Some(site) = site {
             // SAFETY: field addresses of a live map value.
             unsafe {
-                let weight = self.weight(size_bytes);
+                let weight = self.weight(block);
                 add(&raw mut (*site).allocated_bytes, weight.bytes);
                 add(&raw mut (*site).allocated_count, weight.count);
             }
@@ -126,11 +124,11 @@ impl Books for KernelBooks {
     }
 
     #[inline(always)]
-    fn freed(&mut self, owner: Owner, stack: StackId, size_bytes: u64) {
-        if let Some(site) = SITES.get_ptr_mut(SiteKey { owner, stack }) {
+    fn freed(&mut self, owner: Owner, block: &Block) {
+        if let Some(site) = SITES.get_ptr_mut(SiteKey { owner, stack: block.stack }) {
             // SAFETY: field addresses of a live map value.
             unsafe {
-                let weight = self.weight(size_bytes);
+                let weight = self.weight(block);
                 add(&raw mut (*site).freed_bytes, weight.bytes);
                 add(&raw mut (*site).freed_count, weight.count);
             }
@@ -148,8 +146,8 @@ impl Books for KernelBooks {
     }
 
     #[inline(always)]
-    fn sample_interval(&self) -> u64 {
-        self.sample_interval
+    fn sampling(&self) -> Sampling {
+        self.sampling
     }
 
     #[inline(always)]

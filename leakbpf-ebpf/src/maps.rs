@@ -12,6 +12,7 @@ use leakbpf_common::{
         StackRecord, Tally,
     },
     ledger::ThreadState,
+    sampling::Sampling,
     table::{AddressSpace, Block as TableBlock, SPACES_MAX, TABLES_MAX},
     unwind::{Registers, Rule},
 };
@@ -184,7 +185,7 @@ pub mod settings {
     /// 0: every block is recorded, at all times. Else [`Control`](leakbpf_common::abi::Control) says
     /// which are, and sites count blocks in fractions.
     #[unsafe(no_mangle)]
-    pub static SAMPLES: u32 = 0;
+    pub static MAY_SAMPLE: u32 = 0;
 
     /// Reads a setting; volatile, because the agent changes what the compiler sees as a constant.
     #[inline(always)]
@@ -221,23 +222,22 @@ pub fn enabled() -> bool {
     }
 }
 
-/// How calls of allocators are counted at this moment: bytes from one recorded block to the next, on
-/// average, 0 for every block. None when they are not.
+/// How calls of allocators are counted at this moment; none when they are not.
 #[inline(always)]
-pub fn counts_calls() -> Option<u64> {
+pub fn counting_calls() -> Option<Sampling> {
     let control = CONTROL.get(0)?;
-    (control.enabled & control.calls != 0).then(|| sample_interval(control))
+    (control.enabled & control.calls != 0).then(|| sampling(control))
+}
+
+/// As [`counting_calls`], also between windows, when calls are not counted.
+#[inline(always)]
+pub fn counting() -> Option<Sampling> {
+    let control = CONTROL.get(0)?;
+    (control.enabled != 0).then(|| sampling(control))
 }
 
 #[inline(always)]
-fn sample_interval(control: &Control) -> u64 {
+fn sampling(control: &Control) -> Sampling {
     // What is known when a program is loaded costs nothing when it runs.
-    if settings::get(&settings::SAMPLES) == 0 { 0 } else { control.sample_interval }
-}
-
-/// Whether the session counts at this moment, and how: see [`counts_calls`].
-#[inline(always)]
-pub fn counts() -> Option<u64> {
-    let control = CONTROL.get(0)?;
-    (control.enabled != 0).then(|| sample_interval(control))
+    if settings::get(&settings::MAY_SAMPLE) == 0 { Sampling::NONE } else { control.sampling }
 }

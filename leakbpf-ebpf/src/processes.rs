@@ -232,9 +232,9 @@ fn ended() -> Option<()> {
     let id = pid_tgid();
     let tgid = (id >> 32) as u32;
     if let Some(thread) = THREADS.get_ptr_mut(id) {
-        if let Some(interval) = maps::counts() {
+        if let Some(sampling) = maps::counting() {
             // SAFETY: only the thread itself writes its state.
-            unsafe { (*thread).end(&mut KernelBooks::new(interval)) };
+            unsafe { (*thread).end(&mut KernelBooks::new(sampling)) };
         }
         let _ = THREADS.remove(id);
     }

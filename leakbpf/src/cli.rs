@@ -49,33 +49,35 @@ pub struct RecordArgs {
     /// Attach to every process of a control group
     #[arg(long, value_name = "PATH")]
     pub cgroup: Option<PathBuf>,
-    /// Attach to every process of the machine
+    /// Attach to every process of the machine, also those that start later (with --shared-probes)
     #[arg(long)]
     pub all: bool,
     /// Start this program and trace it from its first instruction
     #[arg(last = true, value_name = "CMD")]
     pub command: Vec<OsString>,
-    /// How to count; auto unless given, and exact for a program that is started here
+    /// How to count [default: auto; exact for a program that is started with --, unless --max-overhead is
+    /// given]
     #[arg(long, value_enum)]
     pub mode: Option<ModeArg>,
-    /// Of the modes `auto` and `windows`: most that the session may cost, in percent of the watched
-    /// processes' own processor time [default: 1%]
+    /// Most that watching may cost, in percent of the watched processes' own processor time (modes auto
+    /// and windows) [default: 1%]
     #[arg(long, value_name = "PERCENT", value_parser = percent)]
     pub max_overhead: Option<u32>,
-    /// Of the modes `sample` and `auto`: record one block every so many bytes, on average, when not every
-    /// one is
+    /// When blocks are sampled (modes sample and auto): record one for every SIZE bytes that are
+    /// allocated, on average
     #[arg(long, value_name = "SIZE", value_parser = sample_interval, default_value = "512KiB")]
     pub sample_interval: u32,
-    /// Of the modes `pages` and `auto`: look at one page in so many
+    /// When pages are looked at (modes pages and auto): look at one page in N
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=i64::from(Mode::MAX_ONE_IN)))]
     pub page_interval: u32,
-    /// Stop after this time (30s, 5m, 1h)
+    /// Stop after this time (30s, 5m, 1h); unless given, with Ctrl-C or the last process's end
     #[arg(short = 'd', long, value_name = "TIME", value_parser = time)]
     pub duration: Option<Duration>,
-    /// Write a recording, or, by its name's ending, .svg .pb.gz .json .folded .txt
+    /// Write the result to this file: a report if its name ends in .svg, .pb.gz, .json, .folded or .txt,
+    /// else a recording for `leakbpf report`
     #[arg(short = 'o', long, value_name = "FILE")]
     pub output: Option<PathBuf>,
-    /// Leave out blocks younger than this
+    /// Leave out blocks younger than this (estimates from windows have all)
     #[arg(long, value_name = "TIME", value_parser = time, default_value = "0s")]
     pub min_age: Duration,
     /// Leave out blocks smaller than this (512, 4KiB, 1MiB)
@@ -101,8 +103,8 @@ pub struct RecordArgs {
     /// than one, but every other process pays for the traps, too
     #[arg(long)]
     pub shared_probes: bool,
-    /// Most outstanding blocks to keep, at about 100 bytes of kernel memory each, or, in the mode
-    /// `pages`, pages, at about 60 bytes of the agent, and 40 to 80 more while it counts them
+    /// Most live blocks to keep (about 100 bytes of kernel memory each); where pages are looked at, also
+    /// most pages (60 to 140 bytes of leakbpf's own memory each)
     #[arg(long, value_name = "N", default_value_t = 1 << 21, value_parser = clap::value_parser!(u32).range(1..=1 << 28))]
     pub max_blocks: u32,
     /// How to walk stacks
@@ -136,7 +138,7 @@ pub struct ReportArgs {
     pub top: usize,
     #[arg(long, value_enum, default_value_t = SortArg::Bytes)]
     pub sort: SortArg,
-    /// Leave out blocks younger than this
+    /// Leave out blocks younger than this (estimates from windows have all)
     #[arg(long, value_name = "TIME", value_parser = time, default_value = "0s")]
     pub min_age: Duration,
     /// Leave out blocks smaller than this
@@ -179,8 +181,8 @@ pub struct BenchFloorArgs {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum ModeArg {
-    /// Every block, while that costs no more than --max-overhead; else windows, and resident memory
-    /// by the code that touched it first
+    /// Every block, while that costs no more than --max-overhead; else some blocks (sample), if that is
+    /// cheap enough; else every block in short windows of time. Resident memory beside it
     Auto,
     /// Every block
     Exact,

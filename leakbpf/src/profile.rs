@@ -21,8 +21,9 @@ pub enum Mode {
     Exact,
     /// Resident memory by who touched it first, from one page in `one_in`.
     Pages { one_in: u32 },
-    /// Blocks, of which one is recorded every `interval_bytes` on average.
-    Sample { interval_bytes: u32 },
+    /// Blocks, of which one is recorded every `interval_bytes` on average, since so long after the
+    /// session's begin; before, every one was.
+    Sample { interval_bytes: u32, since_ns: u64 },
     /// What outlives the windows of time in which every block is counted.
     Windows,
 }
@@ -38,28 +39,38 @@ impl Mode {
         }
     }
 
-    /// How much is chosen, as recordings call it and as a number.
-    pub const fn choice(self) -> Option<(&'static str, u32)> {
+    /// How much is chosen, as recordings call it and as numbers.
+    pub fn choice(self) -> Vec<(&'static str, u64)> {
         match self {
-            Self::Exact | Self::Windows => None,
-            Self::Pages { one_in } => Some((Self::ONE_IN, one_in)),
-            Self::Sample { interval_bytes } => Some((Self::SAMPLE_INTERVAL, interval_bytes)),
+            Self::Exact | Self::Windows => Vec::new(),
+            Self::Pages { one_in } => vec![(Self::ONE_IN, one_in.into())],
+            Self::Sample { interval_bytes, since_ns } => vec![
+                (Self::SAMPLE_INTERVAL, interval_bytes.into()),
+                (Self::SAMPLED_SINCE, since_ns),
+            ],
         }
     }
 
     pub const ONE_IN: &'static str = "one_in";
     pub const SAMPLE_INTERVAL: &'static str = "sample_interval_bytes";
+    pub const SAMPLED_SINCE: &'static str = "sampled_since_ns";
 
     /// From [`Self::name`] and what [`Self::choice`] named.
-    pub fn from_name(name: &str, choice: impl Fn(&str) -> Option<u32>) -> Option<Self> {
-        let up_to = |most, key| choice(key).filter(|number| (1..=most).contains(number));
+    pub fn from_name(name: &str, choice: impl Fn(&str) -> Option<u64>) -> Option<Self> {
+        let up_to = |most: u32, key| {
+            let number = u32::try_from(choice(key)?).ok()?;
+            (1..=most).contains(&number).then_some(number)
+        };
         match name {
             "exact" => Some(Self::Exact),
             "windows" => Some(Self::Windows),
             "pages" => Some(Self::Pages { one_in: up_to(Self::MAX_ONE_IN, Self::ONE_IN)? }),
             "sample" => {
                 let most = sampling::MAX_INTERVAL_BYTES as u32;
-                Some(Self::Sample { interval_bytes: up_to(most, Self::SAMPLE_INTERVAL)? })
+                Some(Self::Sample {
+                    interval_bytes: up_to(most, Self::SAMPLE_INTERVAL)?,
+                    since_ns: choice(Self::SAMPLED_SINCE)?,
+                })
             }
             _ => None,
         }
@@ -109,11 +120,12 @@ impl Mode {
         !matches!(self, Self::Exact)
     }
 
-    /// What one thing of a kind that was seen adds to what is live.
-    pub fn estimate(self, kind: SiteKind, size_bytes: u64) -> Estimate {
+    /// What one thing of a kind that was seen adds to what is live; it is there since so long after
+    /// the session's begin.
+    pub fn estimate(self, kind: SiteKind, size_bytes: u64, born_ns: u64) -> Estimate {
         match (self, kind) {
             (Self::Pages { one_in }, SiteKind::Resident) => Estimate::times(size_bytes, one_in),
-            (Self::Sample { interval_bytes }, SiteKind::Heap) => {
+            (Self::Sample { interval_bytes, since_ns }, SiteKind::Heap) if born_ns >= since_ns => {
                 Estimate::sampled(size_bytes, interval_bytes)
             }
             _ => Estimate::times(size_bytes, 1),
@@ -552,7 +564,9 @@ impl Profile {
         match self.mode {
             Mode::Exact | Mode::Windows => None,
             Mode::Pages { one_in } => Some(Interval::of_pages(counters, one_in)),
-            Mode::Sample { interval_bytes } => Some(Interval::of_samples(counters, interval_bytes)),
+            Mode::Sample { interval_bytes, .. } => {
+                Some(Interval::of_samples(counters, interval_bytes))
+            }
         }
     }
 
@@ -578,12 +592,12 @@ impl Profile {
         for site in self.sites.iter_mut().filter(|site| self.mode.lists(site.kind)) {
             site.clear_live();
         }
-        let mode = self.mode;
+        let (mode, duration_ns) = (self.mode, self.duration_ns);
         for block in blocks {
             if filter.keeps(block.size_bytes, block.age_ns)
                 && let Some(site) = self.sites.get_mut(block.site.0)
             {
-                site.count_live(block.size_bytes, block.age_ns, mode);
+                site.count_live(block.size_bytes, block.age_ns, mode, duration_ns);
             }
         }
     }
@@ -597,9 +611,15 @@ impl Site {
         self.youngest_age_ns = None;
     }
 
-    /// Counts one more live block.
-    pub fn count_live(&mut self, size_bytes: u64, age_ns: u64, mode: Mode) {
-        self.counters.hold(mode.estimate(self.kind, size_bytes));
+    /// Counts one more live block, in a session of this length.
+    pub fn count_live(&mut self, size_bytes: u64, age_ns: u64, mode: Mode, duration_ns: u64) {
+        let born_ns = duration_ns.saturating_sub(age_ns);
+        self.hold(mode.estimate(self.kind, size_bytes, born_ns), age_ns);
+    }
+
+    /// Adds what a live block of this age stands for.
+    pub fn hold(&mut self, estimate: Estimate, age_ns: u64) {
+        self.counters.hold(estimate);
         self.oldest_age_ns = Some(self.oldest_age_ns.map_or(age_ns, |age| age.max(age_ns)));
         self.youngest_age_ns = Some(self.youngest_age_ns.map_or(age_ns, |age| age.min(age_ns)));
     }

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use leakbpf_common::{
     abi::{Block, BlockKey, Loss, Owner, SiteKey, StackId, Tally},
     ledger::{Books, NotPut, Put},
+    sampling::{Sampling, Weight},
 };
 
 /// What went through a site.
@@ -23,8 +24,9 @@ pub struct HostBooks {
     pub tallies: BTreeMap<Tally, u64>,
     /// Words of the program's memory; others cannot be read.
     pub memory: HashMap<u64, u64>,
-    /// Bytes from one recorded block to the next; 0 records all.
-    pub sample_interval: u64,
+    pub sampling: Sampling,
+    /// Sites count blocks in units of 2^-`COUNT_SHIFT`.
+    pub in_fractions: bool,
     pub seed: u64,
 }
 
@@ -57,6 +59,24 @@ impl HostBooks {
         sites.filter(|&(_, live)| live != (0, 0)).collect()
     }
 
+    pub fn any_number(&mut self) -> u32 {
+        // SplitMix64 (Steele, Lea, Flood 2014).
+        self.seed = self.seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut word = self.seed;
+        word = (word ^ word >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        word = (word ^ word >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (word ^ word >> 31) as u32
+    }
+
+    /// What a block adds to its site.
+    pub fn weight(&self, block: &Block) -> Weight {
+        if self.in_fractions {
+            self.sampling.weight(block.size_bytes, block.born_ns)
+        } else {
+            Weight { bytes: block.size_bytes, count: 1 }
+        }
+    }
+
     fn site(&mut self, owner: Owner, stack: StackId) -> &mut Site {
         self.sites.entry(SiteKey { owner, stack }).or_default()
     }
@@ -87,16 +107,18 @@ impl Books for HostBooks {
         self.blocks.remove(key)
     }
 
-    fn allocated(&mut self, owner: Owner, stack: StackId, size_bytes: u64) {
-        let (bytes, count) = &mut self.site(owner, stack).allocated;
-        *bytes += size_bytes;
-        *count += 1;
+    fn allocated(&mut self, owner: Owner, block: &Block) {
+        let weight = self.weight(block);
+        let (bytes, count) = &mut self.site(owner, block.stack).allocated;
+        *bytes += weight.bytes;
+        *count += weight.count;
     }
 
-    fn freed(&mut self, owner: Owner, stack: StackId, size_bytes: u64) {
-        let (bytes, count) = &mut self.site(owner, stack).freed;
-        *bytes += size_bytes;
-        *count += 1;
+    fn freed(&mut self, owner: Owner, block: &Block) {
+        let weight = self.weight(block);
+        let (bytes, count) = &mut self.site(owner, block.stack).freed;
+        *bytes += weight.bytes;
+        *count += weight.count;
     }
 
     fn lost(&mut self, loss: Loss) {
@@ -107,18 +129,13 @@ impl Books for HostBooks {
         *self.tallies.entry(tally).or_default() += 1;
     }
 
-    fn sample_interval(&self) -> u64 {
-        self.sample_interval
+    fn sampling(&self) -> Sampling {
+        self.sampling
     }
 
     fn random(&mut self) -> u32 {
-        assert!(self.sample_interval > 0, "every block is recorded");
-        // SplitMix64 (Steele, Lea, Flood 2014).
-        self.seed = self.seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut word = self.seed;
-        word = (word ^ word >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        word = (word ^ word >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (word ^ word >> 31) as u32
+        assert!(self.sampling.interval_bytes > 0, "every block is recorded");
+        self.any_number()
     }
 
     fn read_word(&mut self, address: u64) -> Option<u64> {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use leakbpf_common::{
     abi::{BlockKey, Owner, Role, SizeRule, StackId},
     ledger::{self, Books as _, Call, ThreadState},
-    sampling::{self, COUNT_SHIFT},
+    sampling::{COUNT_SHIFT, Sampling, Weight},
 };
 
 use super::{books::HostBooks, program::cookie};
@@ -19,18 +19,24 @@ struct Program {
     books: HostBooks,
     held: BTreeMap<u64, u64>,
     next: u64,
+    now_ns: u64,
     /// Returns that left no trace.
     unseen: u64,
 }
 
 impl Program {
-    fn new(sample_interval: u64, seed: u64) -> Self {
-        let books = HostBooks { sample_interval, seed, ..HostBooks::new(usize::MAX) };
+    fn new(interval_bytes: u64, seed: u64) -> Self {
+        Self::with(Sampling { interval_bytes, since_ns: 0 }, seed)
+    }
+
+    fn with(sampling: Sampling, seed: u64) -> Self {
+        let books = HostBooks { sampling, seed, in_fractions: true, ..HostBooks::new(usize::MAX) };
         Self {
             thread: ThreadState::new(OWNER),
             books,
             held: BTreeMap::new(),
             next: 0x1000,
+            now_ns: 1,
             unseen: 0,
         }
     }
@@ -52,7 +58,7 @@ impl Program {
             self.unseen += 1;
         } else if let Some(birth) = ledger::leave(&mut self.thread, &mut self.books, STACK, result)
         {
-            ledger::born(&mut self.books, &birth, StackId(7), 1);
+            ledger::born(&mut self.books, &birth, StackId(7), self.now_ns);
         }
         assert_eq!(self.thread.depth, 0);
     }
@@ -63,19 +69,20 @@ impl Program {
     }
 
     fn any(&mut self) -> Option<u64> {
-        let pick = u64::from(self.books.random()) % self.held.len().max(1) as u64;
+        let pick = u64::from(self.books.any_number()) % self.held.len().max(1) as u64;
         self.held.keys().nth(pick as usize).copied()
     }
 
     fn step(&mut self) {
-        let size = match self.books.random() % 10 {
-            0..7 => u64::from(self.books.random() % 100),
-            7..9 => u64::from(self.books.random() % 5000),
-            _ => u64::from(self.books.random() % 100_000),
+        self.now_ns += 1;
+        let size = match self.books.any_number() % 10 {
+            0..7 => u64::from(self.books.any_number() % 100),
+            7..9 => u64::from(self.books.any_number() % 5000),
+            _ => u64::from(self.books.any_number() % 100_000),
         };
-        let fails = self.books.random().is_multiple_of(8);
+        let fails = self.books.any_number().is_multiple_of(8);
         let pointer = self.any();
-        match (self.books.random() % 12, pointer) {
+        match (self.books.any_number() % 12, pointer) {
             (0, Some(pointer)) => {
                 let call = self.call(Role::Reallocate, SizeRule::First, size.max(1), 0, pointer);
                 let result = if fails { 0 } else { self.fresh() };
@@ -116,7 +123,7 @@ impl Program {
             .books
             .blocks
             .values()
-            .map(|block| sampling::weight(block.size_bytes, self.books.sample_interval));
+            .map(|block| self.books.sampling.weight(block.size_bytes, block.born_ns));
         weights.fold((0.0, 0.0), |(bytes, count), weight| {
             let blocks = weight.count as f64 / f64::from(1 << COUNT_SHIFT);
             (bytes + weight.bytes as f64, count + blocks)
@@ -167,4 +174,48 @@ fn a_release_of_a_block_that_was_not_chosen_is_nothing_to_speak_of() {
     }
     assert!(program.books.tallies.is_empty(), "{:?}", program.books.tallies);
     assert!(!program.books.blocks.contains_key(&BlockKey { owner: OWNER, address: 1 }));
+}
+
+/// Sampling begins while calls are in flight and blocks are there.
+#[test]
+fn blocks_from_before_the_samples_stand_for_themselves() {
+    const RUNS: u64 = 300;
+    const STEPS: u64 = 300;
+    let (mut bytes, mut count, mut true_bytes, mut true_count) = (0.0, 0.0, 0.0, 0.0);
+    for seed in 0..RUNS {
+        let mut program = Program::with(Sampling::NONE, seed << 40);
+        for _ in 0..STEPS {
+            program.step();
+        }
+        assert_eq!(program.books.blocks.len(), program.held.len());
+
+        // Begins before, ends after.
+        let call = program.call(Role::Allocate, SizeRule::First, 10, 0, 0);
+        ledger::enter(&mut program.thread, &mut program.books, &call);
+        program.books.sampling = Sampling { interval_bytes: 4096, since_ns: program.now_ns + 100 };
+        let address = program.fresh();
+        let birth = ledger::leave(&mut program.thread, &mut program.books, STACK, address);
+        let birth = birth.expect("every block was recorded when it began");
+        ledger::born(&mut program.books, &birth, StackId(7), program.now_ns + 200);
+        program.held.insert(address, 10);
+        let block = program.books.blocks[&BlockKey { owner: OWNER, address }];
+        assert_eq!(program.books.weight(&block), Weight::one(10));
+
+        for _ in 0..STEPS {
+            program.step();
+        }
+        let (estimated_bytes, estimated_count) = program.estimate();
+        (bytes, count) = (bytes + estimated_bytes, count + estimated_count);
+        true_bytes += program.held.values().sum::<u64>() as f64;
+        true_count += program.held.len() as f64;
+        // What the sites have is what the blocks stand for, to the last bit.
+        let weights: Vec<Weight> =
+            program.books.blocks.values().map(|block| program.books.weight(block)).collect();
+        let live = weights
+            .iter()
+            .fold((0, 0), |(bytes, count), weight| (bytes + weight.bytes, count + weight.count));
+        assert_eq!(program.books.live().into_values().collect::<Vec<_>>(), [live]);
+    }
+    assert!((bytes / true_bytes - 1.0).abs() < 0.02, "{}", bytes / true_bytes);
+    assert!((count / true_count - 1.0).abs() < 0.1, "{}", count / true_count);
 }

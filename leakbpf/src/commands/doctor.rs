@@ -25,8 +25,6 @@ struct Diagnosis {
     #[serde(skip_serializing_if = "Option::is_none")]
     target: Option<Report>,
     files: Vec<File>,
-    #[serde(skip)]
-    pid: Option<u32>,
 }
 
 #[derive(Serialize)]
@@ -63,7 +61,6 @@ pub fn run(args: &DoctorArgs) -> Result<u8, Failure> {
         host: Report { checks: host::judge(&facts) },
         target: None,
         files: Vec::new(),
-        pid: args.pid,
     };
     if let Some(pid) = args.pid {
         let pid = Pid(pid);
@@ -179,11 +176,10 @@ fn text(diagnosis: &Diagnosis) -> String {
     if diagnosis.files.iter().all(|file| file.functions.is_empty()) {
         let paths: Vec<&str> = diagnosis.files.iter().map(|file| file.path.as_str()).collect();
         text.push_str(&format!(
-            "\nNo allocator function was found in {}. Only mappings would be counted; for a \
-             stripped static program, install its debug symbols. `leakbpf record --mode pages -p {}` \
-             shows what it holds whatever hands it out.\n",
+            "\nNo allocator function was found in {}. `record` would show resident \
+             memory by who touched it first; to see the blocks of a stripped static program, install its \
+             debug symbols.\n",
             printable(&paths.join(", ")),
-            diagnosis.pid.unwrap_or_default(),
         ));
     }
     text

@@ -54,10 +54,8 @@ impl Window {
 /// What one window saw of a site.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Seen {
-    pub survived_bytes: u64,
-    pub survived_count: u64,
-    pub allocated_bytes: u64,
-    pub allocated_count: u64,
+    /// What was allocated, and what of it survived, as live.
+    pub counters: Counters,
     /// Blocks that had survived earlier windows, when this one was opened.
     pub kept_count: u64,
     /// Those of them that were seen to go.
@@ -106,10 +104,13 @@ struct Amount {
     squares: f64,
     /// Sum of the products with the windows' first halves.
     products: f64,
+    /// Of those that are estimates themselves, in windows whose blocks were sampled.
+    sampling_variance: f64,
 }
 
 impl Amount {
-    fn add(&mut self, survived: u64, early_ns: u64) {
+    fn add(&mut self, survived: u64, variance: f64, early_ns: u64) {
+        self.sampling_variance += variance;
         self.sum = self.sum.saturating_add(survived);
         let survived = survived as f64;
         self.squares += survived * survived;
@@ -144,10 +145,7 @@ impl<K: Eq + Hash + Copy> Windows<K> {
         let mut all = Seen::default();
         for (key, seen) in seen {
             self.sites.entry(key).or_default().add(&seen, early_ns, weight);
-            all.survived_bytes = all.survived_bytes.saturating_add(seen.survived_bytes);
-            all.survived_count = all.survived_count.saturating_add(seen.survived_count);
-            all.allocated_bytes = all.allocated_bytes.saturating_add(seen.allocated_bytes);
-            all.allocated_count = all.allocated_count.saturating_add(seen.allocated_count);
+            all.counters.add(&seen.counters);
         }
         self.all.add(&all, early_ns, weight);
     }
@@ -250,8 +248,9 @@ impl<K: Eq + Hash + Copy> Windows<K> {
 
     /// Of an estimate for the whole session.
     fn variance(&self, amount: &Amount, of_early: f64) -> f64 {
+        let sampling = of_early * of_early * amount.sampling_variance;
         if self.count < 2 || self.early_ns == 0 {
-            return 0.0;
+            return sampling;
         }
         let windows = f64::from(self.count);
         let rate = amount.sum as f64 / self.early_ns as f64;
@@ -259,7 +258,8 @@ impl<K: Eq + Hash + Copy> Windows<K> {
             amount.squares - 2.0 * rate * amount.products + rate * rate * self.early_squares;
         // Of a session that was seen whole, nothing is unknown.
         let unseen = (1.0 - 1.0 / of_early).clamp(0.0, 1.0);
-        of_early * of_early * residuals.max(0.0) * windows / (windows - 1.0) * unseen
+        let differences = residuals.max(0.0) * windows / (windows - 1.0) * unseen;
+        of_early * of_early * differences + sampling
     }
 }
 
@@ -279,10 +279,11 @@ impl Site {
         self.kept = self.kept.saturating_add(seen.kept_count);
         self.gone = self.gone.saturating_add(seen.gone_count);
         self.gone_weighted += seen.gone_count as f64 * weight;
-        self.bytes.add(seen.survived_bytes, early_ns);
-        self.count.add(seen.survived_count, early_ns);
-        self.allocated_bytes = self.allocated_bytes.saturating_add(seen.allocated_bytes);
-        self.allocated_count = self.allocated_count.saturating_add(seen.allocated_count);
+        let Counters { live_bytes, live_count, spread, .. } = seen.counters;
+        self.bytes.add(live_bytes, spread.bytes_variance, early_ns);
+        self.count.add(live_count, spread.count_variance, early_ns);
+        self.allocated_bytes = self.allocated_bytes.saturating_add(seen.counters.allocated_bytes);
+        self.allocated_count = self.allocated_count.saturating_add(seen.counters.allocated_count);
     }
 }
 

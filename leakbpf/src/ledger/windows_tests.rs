@@ -12,13 +12,14 @@ fn window(opened_ms: u64, length_ms: u64) -> Window {
 }
 
 fn survived(bytes: u64, count: u64) -> Seen {
-    Seen {
-        survived_bytes: bytes,
-        survived_count: count,
+    let counters = Counters {
+        live_bytes: bytes,
+        live_count: count,
         allocated_bytes: bytes * 4,
         allocated_count: count * 4,
-        ..Seen::default()
-    }
+        ..Counters::default()
+    };
+    Seen { counters, ..Seen::default() }
 }
 
 #[test]
@@ -150,8 +151,8 @@ fn an_interval_holds_what_is_there_at_the_end() {
                 let Some(made) = made.filter(|made| gone > opened[*made] + length) else {
                     continue;
                 };
-                seen[made].survived_count += 1;
-                seen[made].survived_bytes += 100;
+                seen[made].counters.live_count += 1;
+                seen[made].counters.live_bytes += 100;
                 for later in made + 1..opened.len() {
                     let (from, to) = (opened[later], opened[later] + length);
                     // One that went between windows is taken for one that is there, and its address
@@ -175,5 +176,29 @@ fn an_interval_holds_what_is_there_at_the_end() {
         }
         let share = f64::from(held) / f64::from(RUNS);
         assert!(share >= 0.92, "{mean_life_ms}: {share}");
+    }
+}
+
+/// A long first window whose blocks were sampled, then short ones that add nothing to it.
+#[test]
+fn what_samples_do_not_know_is_in_the_interval() {
+    let site = |variance: f64| {
+        let mut windows = Windows::default();
+        let mut first = survived(50_000, 500);
+        first.counters.spread.bytes_variance = variance;
+        windows.add(window(0, 60_000), [((), first)]);
+        for number in 0..3 {
+            windows.add(window(61_000 + 1000 * number, 100), [((), survived(83, 1))]);
+        }
+        let (_, site) = windows.estimates(65_000 * MS).next().expect("one");
+        (site, windows.facts(65_000 * MS))
+    };
+    let (known, _) = site(0.0);
+    let (sampled, facts) = site(50_000.0 * 50_000.0);
+    assert!(known.spread.bytes_variance.sqrt() < 0.1 * known.live_bytes as f64);
+    // The one block that was chosen: as large as the estimate, and scaled like it.
+    for variance in [sampled.spread.bytes_variance, facts.bytes_variance] {
+        let deviation = variance.sqrt() / sampled.live_bytes as f64;
+        assert!((0.95..1.1).contains(&deviation), "{deviation}");
     }
 }

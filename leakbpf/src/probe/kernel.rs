@@ -19,6 +19,7 @@ use leakbpf_common::{
         Block, BlockKey, Control, Cost, Loss, Outcome, ProcessState, SiteCounters, SiteKey, Tally,
     },
     ledger::ThreadState,
+    sampling::Sampling,
 };
 
 use super::{
@@ -169,7 +170,7 @@ pub struct Kernel {
     /// Threads that a process's probes hang on.
     pub carriers: Table<u32, u32>,
     control: Table<u32, Control>,
-    /// What it holds.
+    /// What the control map holds.
     switches: Control,
     counts: PerCpuArray<MapData, u64>,
     costs: PerCpuArray<MapData, CostEntry>,
@@ -449,10 +450,9 @@ impl Kernel {
         self.switch(Control { enabled: 1, calls: on.into(), ..self.switches })
     }
 
-    /// From now on, one block is recorded every so many bytes on average; with 0, every block. Needs
-    /// [`Settings::samples`].
-    pub fn sample(&mut self, interval_bytes: u32) -> Result<(), KernelError> {
-        self.switch(Control { sample_interval: interval_bytes.into(), ..self.switches })
+    /// From now on blocks are recorded in this way. Needs [`Settings::may_sample`].
+    pub fn sample(&mut self, sampling: Sampling) -> Result<(), KernelError> {
+        self.switch(Control { sampling, ..self.switches })
     }
 
     fn switch(&mut self, control: Control) -> Result<(), KernelError> {

@@ -28,7 +28,7 @@ pub struct Settings {
     /// Page faults are looked at.
     pub pages: Option<PageChoice>,
     /// Blocks may be sampled: see [`Kernel::sample`](super::kernel::Kernel::sample).
-    pub samples: bool,
+    pub may_sample: bool,
     pub links: Links,
 }
 
@@ -44,7 +44,7 @@ impl Settings {
         let choice = self.pages.unwrap_or(PageChoice { interval: 1, seed: 0 });
         let page_limit = pages::limit(choice.interval);
         let event_flags = if self.pages.is_some() { BPF_RB_FORCE_WAKEUP } else { 0 };
-        let samples = u32::from(self.samples);
+        let may_sample = u32::from(self.may_sample);
         let mut loader = EbpfLoader::new();
         loader
             .btf(None)
@@ -64,7 +64,7 @@ impl Settings {
             .override_global("PAGE_SEED", &choice.seed, true)
             .override_global("PAGE_LIMIT", &page_limit, true)
             .override_global("EVENT_FLAGS", &event_flags, true)
-            .override_global("SAMPLES", &samples, true)
+            .override_global("MAY_SAMPLE", &may_sample, true)
             .map_max_entries("BLOCKS", self.max_blocks)
             .load(object)
     }

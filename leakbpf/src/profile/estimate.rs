@@ -30,7 +30,8 @@ impl Estimate {
             return Self::times(size_bytes, 1);
         }
         let weight = sampling::weight(size_bytes, interval);
-        let p = chance(size_bytes, interval_bytes);
+        let p =
+            -(-(sampling::counted_bytes(size_bytes, interval) as f64) / interval as f64).exp_m1();
         // As estimated from itself.
         let variance = (1.0 - p) / (p * p);
         let size = size_bytes as f64;
@@ -45,15 +46,6 @@ impl Estimate {
             },
         }
     }
-}
-
-/// How likely a block is to be chosen: see [`sampling`].
-pub fn chance(size_bytes: u64, interval_bytes: u32) -> f64 {
-    let interval = u64::from(interval_bytes.max(1));
-    if sampling::is_certain(size_bytes, interval) {
-        return 1.0;
-    }
-    -(-(sampling::counted_bytes(size_bytes, interval) as f64) / interval as f64).exp_m1()
 }
 
 /// The part of what is live that sampled blocks stand for, and how far it can be off.
@@ -301,7 +293,7 @@ mod tests {
 
     /// Counts of 1,000 seeded runs in which the interval held the truth: bytes and count.
     fn covered_by_samples(interval_bytes: u32, blocks: u32, certain: u64) -> (u32, u32) {
-        let mode = Mode::Sample { interval_bytes };
+        let mode = Mode::Sample { interval_bytes, since_ns: 0 };
         let mut held = (0, 0);
         for seed in 0..1000 {
             let mut random = Random(seed << 32);
@@ -309,7 +301,7 @@ mod tests {
             for _ in 0..certain {
                 let size_bytes = u64::from(interval_bytes) * 16;
                 truth = (truth.0 + size_bytes, truth.1 + 1);
-                seen.hold(mode.estimate(SiteKind::Heap, size_bytes));
+                seen.hold(mode.estimate(SiteKind::Heap, size_bytes, 0));
             }
             for _ in 0..blocks {
                 let size_bytes = random.size_bytes();
@@ -320,7 +312,7 @@ mod tests {
                 if random.next().is_multiple_of(3) {
                     truth = (truth.0 + size_bytes, truth.1 + 1);
                     if chosen {
-                        seen.hold(mode.estimate(SiteKind::Heap, size_bytes));
+                        seen.hold(mode.estimate(SiteKind::Heap, size_bytes, 0));
                     }
                 }
             }

@@ -297,7 +297,7 @@ pub fn pages() -> Profile {
 /// there, and mappings, which are counted.
 pub fn sampled() -> Profile {
     let mut profile = server();
-    profile.mode = Mode::Sample { interval_bytes: 512 << 10 };
+    profile.mode = Mode::Sample { interval_bytes: 512 << 10, since_ns: 0 };
     profile.processes.truncate(1);
     profile.sites.retain(|site| site.process == ProcessId(0));
     profile.blocks.clear();
@@ -306,7 +306,7 @@ pub fn sampled() -> Profile {
     for (site, sizes) in heap.zip::<[Vec<u64>; 2]>(live) {
         site.clear_live();
         for (n, size_bytes) in sizes.into_iter().enumerate() {
-            site.count_live(size_bytes, (n as u64 + 1) * SECOND, profile.mode);
+            site.count_live(size_bytes, (n as u64 + 1) * SECOND, profile.mode, profile.duration_ns);
         }
         site.counters.allocated_bytes = site.counters.live_bytes + 5_000_000;
         site.counters.allocated_count = site.counters.live_count + 900;
@@ -444,7 +444,7 @@ fn any_site(
                 frames: frames.into(),
             };
             for (size_bytes, age_ns) in &blocks {
-                site.count_live(*size_bytes, *age_ns, Mode::Exact);
+                site.count_live(*size_bytes, *age_ns, Mode::Exact, 0);
             }
             let live = site.counters;
             site.counters = counters(
@@ -477,7 +477,9 @@ pub fn any_profile() -> impl Strategy<Value = Profile> {
             let mode = prop_oneof![
                 Just(Mode::Exact),
                 (1..1000_u32).prop_map(|one_in| Mode::Pages { one_in }),
-                (1..1u32 << 26).prop_map(|interval_bytes| Mode::Sample { interval_bytes }),
+                (1..1u32 << 26, 0..1_u64 << 60).prop_map(|(interval_bytes, since_ns)| {
+                    Mode::Sample { interval_bytes, since_ns }
+                }),
             ];
             let facts = (0..1_u64 << 60, 0..1_u64 << 60, any_text(), any_text(), mode);
             (Just(processes), Just(modules), Just(sites), events, losses, facts)
@@ -497,7 +499,7 @@ pub fn any_profile() -> impl Strategy<Value = Profile> {
                 let Counters { freed_bytes, freed_count, .. } = site.counters;
                 site.clear_live();
                 for (size_bytes, age_ns) in ages {
-                    site.count_live(*size_bytes, *age_ns, facts.4);
+                    site.count_live(*size_bytes, *age_ns, facts.4, facts.1);
                 }
                 site.counters.allocated_bytes = site.counters.live_bytes + freed_bytes;
                 site.counters.allocated_count = site.counters.live_count + freed_count;

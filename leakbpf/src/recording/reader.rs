@@ -100,7 +100,7 @@ impl Reader {
                     return Some(());
                 }
                 if !filter.keeps_all() {
-                    site.count_live(block.size_bytes, block.age_ns, facts.mode);
+                    site.count_live(block.size_bytes, block.age_ns, facts.mode, snapshot.at_ns);
                 }
                 if options.with_blocks {
                     block.process = site.process;

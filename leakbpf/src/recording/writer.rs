@@ -236,7 +236,8 @@ fn facts_of(profile: &Profile) -> Vec<(&'static str, String)> {
         (meta::AGENT_CPU_NS, stored(cost.agent_cpu_ns).to_string()),
         (meta::AGENT_PEAK_RSS_BYTES, stored(cost.agent_peak_rss_bytes).to_string()),
     ];
-    facts.extend(profile.mode.choice().map(|(key, number)| (key, number.to_string())));
+    let choice = profile.mode.choice().into_iter();
+    facts.extend(choice.map(|(key, number)| (key, number.to_string())));
     facts.extend(cost.limit_ppm.map(|ppm| (meta::MAX_OVERHEAD_PPM, ppm.to_string())));
     facts.extend(profile.page_interval.map(|one_in| (meta::PAGE_INTERVAL, one_in.to_string())));
     if let Some(windows) = &profile.windows {

@@ -67,6 +67,8 @@ struct Estimate {
     one_in: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     sample_interval_bytes: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sampled_since_ns: Option<u64>,
     confidence_percent: u32,
 }
 
@@ -223,8 +225,8 @@ impl Serialize for Document<'_> {
             kernel: &profile.kernel,
             hostname: &profile.hostname,
             filter: Filter {
-                min_age_ns: options.filter.min_age_ns,
-                min_size_bytes: options.filter.min_size_bytes,
+                min_age_ns: options.filter_in(profile.mode).min_age_ns,
+                min_size_bytes: options.filter_in(profile.mode).min_size_bytes,
             },
             estimate: match profile.mode {
                 Mode::Exact => None,
@@ -232,18 +234,21 @@ impl Serialize for Document<'_> {
                     unit: "survived",
                     one_in: None,
                     sample_interval_bytes: None,
+                    sampled_since_ns: None,
                     confidence_percent: CONFIDENCE_PERCENT,
                 }),
                 Mode::Pages { one_in } => Some(Estimate {
                     unit: "resident",
                     one_in: Some(one_in),
                     sample_interval_bytes: None,
+                    sampled_since_ns: None,
                     confidence_percent: CONFIDENCE_PERCENT,
                 }),
-                Mode::Sample { interval_bytes } => Some(Estimate {
+                Mode::Sample { interval_bytes, since_ns } => Some(Estimate {
                     unit: "estimated",
                     one_in: None,
                     sample_interval_bytes: Some(interval_bytes),
+                    sampled_since_ns: Some(since_ns),
                     confidence_percent: CONFIDENCE_PERCENT,
                 }),
             },

@@ -9,7 +9,7 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::str::FromStr;
 
-use crate::profile::{BlockFilter, Profile, Site, SiteId};
+use crate::profile::{BlockFilter, Mode, Profile, Site, SiteId};
 
 mod file;
 pub mod folded;
@@ -108,6 +108,16 @@ pub struct ReportOptions {
     pub color: bool,
     /// Columns of the terminal, which long names are fitted to. Without it they are never cut.
     pub width: Option<usize>,
+}
+
+impl ReportOptions {
+    /// What a profile of this mode was restricted to: estimates from windows are no list of blocks.
+    pub fn filter_in(&self, mode: Mode) -> BlockFilter {
+        match mode {
+            Mode::Windows => BlockFilter::default(),
+            _ => self.filter,
+        }
+    }
 }
 
 /// Writes `profile` to `out`. Fails only when `out` does.

@@ -60,10 +60,17 @@ pub fn module<'a>(profile: &'a Profile, frame: &Frame) -> Option<&'a Module> {
 pub fn estimate_note(mode: Mode) -> Option<String> {
     Some(match mode {
         Mode::Exact => return None,
-        Mode::Sample { interval_bytes } => format!(
-            "blocks are sampled, one every {} on average: heap numbers are estimates",
-            units::bytes(interval_bytes.into())
-        ),
+        Mode::Sample { interval_bytes, since_ns } => {
+            let interval = units::bytes(interval_bytes.into());
+            let since = match since_ns {
+                0 => String::new(),
+                _ => format!(" since {} after the begin", units::duration(since_ns)),
+            };
+            format!(
+                "blocks are sampled{since}, one every {interval} on average: heap numbers are \
+                 estimates"
+            )
+        }
         Mode::Windows => {
             "estimated from what outlived short windows of time and was not seen to be \
                           released in later ones"

@@ -65,7 +65,7 @@ fn message(profile: &Profile, options: &ReportOptions) -> proto::Profile {
         period: match profile.mode {
             Mode::Exact | Mode::Windows => 1,
             Mode::Pages { one_in } => i64::from(one_in) * PAGE_BYTES as i64,
-            Mode::Sample { interval_bytes } => interval_bytes.into(),
+            Mode::Sample { interval_bytes, .. } => interval_bytes.into(),
         },
         comment,
         default_sample_type: tables.strings.id("inuse_space"),
@@ -90,11 +90,12 @@ fn comments(profile: &Profile, options: &ReportOptions) -> Vec<String> {
         };
         comments.push(format!("inuse: {note}{interval}{alloc}"));
     }
-    if !options.filter.keeps_all() {
+    let filter = options.filter_in(profile.mode);
+    if !filter.keeps_all() {
         comments.push(format!(
             "inuse: only blocks of {} bytes and more, and {} and older",
-            options.filter.min_size_bytes,
-            units::duration(options.filter.min_age_ns)
+            filter.min_size_bytes,
+            units::duration(filter.min_age_ns)
         ));
     }
     for (name, count) in profile.losses.iter().filter(|(_, count)| **count > 0) {

@@ -87,7 +87,7 @@ fn title(profile: &Profile) -> String {
     match profile.mode {
         Mode::Exact => format!("{who}: live memory after {after} (exact)"),
         Mode::Windows => format!("{who}: live memory after {after} (estimated from windows)"),
-        Mode::Sample { interval_bytes } => format!(
+        Mode::Sample { interval_bytes, .. } => format!(
             "{who}: live memory after {after} (sampled every {})",
             units::bytes(interval_bytes.into())
         ),
@@ -112,15 +112,16 @@ fn subtitle(profile: &Profile, options: &ReportOptions) -> String {
     if !profile.hostname.is_empty() {
         let _ = write!(text, " on {}", names::printable(&profile.hostname));
     }
-    if options.filter.min_age_ns > 0 {
-        let _ = write!(text, ", older than {}", units::duration(options.filter.min_age_ns));
+    let filter = options.filter_in(profile.mode);
+    if filter.min_age_ns > 0 {
+        let _ = write!(text, ", older than {}", units::duration(filter.min_age_ns));
     }
-    if options.filter.min_size_bytes > 0 {
+    if filter.min_size_bytes > 0 {
         let _ = write!(
             text,
             ", {}s of {} and more",
             profile.mode.noun(),
-            units::bytes(options.filter.min_size_bytes)
+            units::bytes(filter.min_size_bytes)
         );
     }
     let losses = profile.losses.values().fold(0, |sum: u64, count| sum.saturating_add(*count));

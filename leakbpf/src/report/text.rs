@@ -156,13 +156,17 @@ fn write_head(
     }
     writeln!(out)?;
     let noun = profile.mode.noun();
-    if options.filter.min_age_ns > 0 {
-        let age = units::duration(options.filter.min_age_ns);
+    let filter = options.filter_in(profile.mode);
+    if filter.min_age_ns > 0 {
+        let age = units::duration(filter.min_age_ns);
         writeln!(out, "live: only {noun}s of {age} and older")?;
     }
-    if options.filter.min_size_bytes > 0 {
-        let size = units::bytes(options.filter.min_size_bytes);
+    if filter.min_size_bytes > 0 {
+        let size = units::bytes(filter.min_size_bytes);
         writeln!(out, "live: only {noun}s of {size} and more")?;
+    }
+    if filter != options.filter {
+        writeln!(out, "live: of all ages and sizes; estimates from windows list no blocks")?;
     }
     if let Some(note) = names::estimate_note(profile.mode) {
         writeln!(out, "{note}")?;

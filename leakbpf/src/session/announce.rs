@@ -103,11 +103,19 @@ pub fn one(attached: &Attached, watch: &Watch, config: &Config, started: Instant
                 Err(error) => format!("{} ({error})", file.path.display()),
             })
             .collect();
+        let pid = attached.pid;
+        let what = match config.method {
+            Method::Auto { .. } => {
+                "the report has resident memory by who touched it first".to_owned()
+            }
+            Method::Exact => format!(
+                "only mappings are counted, and `leakbpf record --mode pages -p {pid}` shows what it holds"
+            ),
+            _ => format!("`leakbpf record --mode pages -p {pid}` shows what it holds"),
+        };
         eprintln!(
-            "leakbpf: no allocator function was found in {1}: only mappings are counted; debug \
-             symbols of a stripped static program would help (`leakbpf doctor -p {0}`), and `leakbpf \
-             record --mode pages -p {0}` shows what it holds without them",
-            attached.pid,
+            "leakbpf: no allocator function was found in {}: {what}; debug symbols of a stripped \
+             static program would help (`leakbpf doctor -p {pid}`)",
             report::printable(&looked_at.join(", ")),
         );
     }

@@ -1,8 +1,8 @@
 //! When probes may be in place, so that they cost no more than a share of the processes' own time.
 //!
 //! Processor time of the watched processes earns credit, what the probes cost spends it. While there is
-//! credit, the probes stay; when it is used up, they go, until there is enough for a window that is
-//! worth placing them. A process that allocates little never uses up its credit, and its probes stay
+//! credit, the probes stay. When it is used up, blocks are sampled, if that is cheap enough; else the
+//! probes go, until there is enough for a window that is worth placing them. A process that allocates little never uses up its credit, and its probes stay
 //! for good. Credit that is not used is kept for [`CONTROL_PERIOD`] only: over such a time, no storm
 //! after a calm can cost more than twice the share, and over longer times the share holds.
 //!
@@ -40,7 +40,7 @@ const LEAST_USE: f64 = 0.1;
 /// Time after which e times less is made of what a window has cost.
 const FORGETTING_NS: f64 = 120e9;
 
-/// How long a moment of a load is remembered by which it is judged whether samples are cheap enough.
+/// Whether samples are cheap enough is judged by the load of such a time.
 const MOMENTS_NS: f64 = 1e9;
 
 /// What a session that begins to sample may spend at first, as a time of earning: what it had is used up,
@@ -144,15 +144,15 @@ impl Budget {
     }
 
     /// Blocks are sampled since `now`.
-    pub fn sampled(&mut self, now: Reading) {
+    pub fn begin_sampling(&mut self, now: Reading) {
         self.take_in(now);
         self.sampled = true;
         self.credit_ns = self.earning_rate() * SAMPLING_CREDIT_NS;
     }
 
-    /// What to do now. `sampling` is what would be left of the cost if blocks were sampled; none when
+    /// What to do now. `left` tells what would be left of the cost if blocks were sampled; none when
     /// they can't be.
-    pub fn decide(&mut self, now: Reading, sampling: Option<f64>) -> Step {
+    pub fn decide(&mut self, now: Reading, left: impl FnOnce() -> Option<f64>) -> Step {
         self.take_in(now);
         if self.open {
             let open_for = Duration::from_nanos(now.at_ns.saturating_sub(self.opened.at_ns));
@@ -162,9 +162,12 @@ impl Budget {
             if self.credit_ns >= least && !over {
                 return Step::Stay;
             }
-            let left = sampling.filter(|_| !self.sampled && !over);
-            let earned = EARNED * self.share * self.own_now;
-            let fits = left.is_some_and(|left| self.cost_now * left <= earned);
+            if self.sampled || over {
+                return Step::Close;
+            }
+            let added = (LEAST_USE - self.own_rate).max(0.0);
+            let earned = EARNED * self.share * (self.own_now + added);
+            let fits = left().is_some_and(|left| self.cost_now * left <= earned);
             return if fits { Step::Sample } else { Step::Close };
         }
         if self.credit_ns >= self.enough_ns() { Step::Open } else { Step::Stay }

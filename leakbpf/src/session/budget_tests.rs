@@ -54,13 +54,13 @@ impl Simulation {
             self.now.at_ns += tick;
             self.now.target_cpu_ns += busy as u64;
             self.now.spent_ns += spent as u64;
-            let step = self.budget.decide(self.now, self.sampling);
+            let step = self.budget.decide(self.now, || self.sampling);
             match step {
                 Step::Stay => continue,
                 Step::Open => self.budget.opened(self.now, self.placing),
                 Step::Sample => {
                     self.price = self.sampling.expect("it was offered");
-                    self.budget.sampled(self.now);
+                    self.budget.begin_sampling(self.now);
                 }
                 Step::Close => self.budget.closed(self.now),
             }

@@ -2,6 +2,8 @@
 
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
+use leakbpf_common::sampling::Sampling;
+
 use crate::{
     probe::settings::Links,
     process::select::Selector,
@@ -60,8 +62,18 @@ impl Method {
         }
     }
 
+    /// Which blocks are recorded at first.
+    pub const fn sampling(self) -> Sampling {
+        match self {
+            Self::Sample { interval_bytes } => {
+                Sampling { interval_bytes: interval_bytes as u64, since_ns: 0 }
+            }
+            _ => Sampling::NONE,
+        }
+    }
+
     /// Whether blocks are sampled, or may be.
-    pub const fn samples(self) -> bool {
+    pub const fn may_sample(self) -> bool {
         matches!(self, Self::Sample { .. } | Self::Auto { .. })
     }
 

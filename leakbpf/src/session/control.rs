@@ -1,13 +1,15 @@
-//! Keeps a session within its budget: takes the probes away when they cost too much, brings them back
-//! for windows, and keeps what survives those.
+//! Keeps a session within its budget: samples blocks where that is enough, takes the probes away when
+//! they cost too much, brings them back for windows, and keeps what survives those.
 
 use std::{
     collections::HashMap,
-    hash::{BuildHasher as _, RandomState},
     time::{Duration, Instant},
 };
 
-use leakbpf_common::abi::{Block, BlockKey, Loss, Owner, SiteCounters, SiteKey, StackId};
+use leakbpf_common::{
+    abi::{Block, BlockKey, Loss, Owner, SiteCounters, SiteKey, StackId},
+    sampling::Sampling,
+};
 
 use super::{
     SessionError,
@@ -22,7 +24,7 @@ use crate::{
     ledger::windows::{Seen, Window, Windows},
     probe::kernel::KernelError,
     process::cpu_time,
-    profile::{self, Counters, Mode, SiteId, SiteKind, estimate::chance},
+    profile::{self, Counters, Mode, SiteId, SiteKind},
     report,
 };
 
@@ -37,6 +39,9 @@ const ENOUGH_WINDOWS: u32 = 3;
 
 /// Most blocks that are watched from one window to the next.
 const MOST_KEPT: u64 = 1 << 17;
+
+/// Programs that run when sampling begins have long ended after this time.
+const SWITCHING_NS: u64 = 10_000_000;
 
 /// From then on a window is worth a word.
 const LONG_WINDOW: Duration = Duration::from_secs(10);
@@ -79,7 +84,7 @@ impl Control {
     pub fn new(method: Method, meter: Meter) -> Self {
         Self {
             method,
-            counting: Counting::new(method),
+            counting: Counting::new(method, monotonic_ns()),
             meter,
             budget: None,
             windows: Windows::default(),
@@ -99,6 +104,7 @@ impl Control {
     /// The probes are in place, and count.
     pub fn begin(&mut self, watch: &mut Watch) -> Result<(), SessionError> {
         (self.opened_ns, self.closed_ns) = (watch.began_ns, watch.began_ns);
+        self.counting = Counting::new(self.method, watch.began_ns);
         self.has_probes = watch.probes() > 0;
         // Without a probe, there is nothing to be unbroken.
         self.unbroken = self.has_probes;
@@ -139,11 +145,14 @@ impl Control {
     pub fn attend(&mut self, watch: &mut Watch) -> Result<Step, SessionError> {
         let Some(budget) = &mut self.budget else { return Ok(Step::Stay) };
         let now = self.meter.read(watch)?;
-        let sampling = match self.method {
-            Method::Auto { .. } if self.unbroken => self.meter.left_by_sampling(watch)?,
+        let may_sample = matches!(self.method, Method::Auto { .. }) && self.unbroken;
+        let left = || match self.method {
+            Method::Auto { interval_bytes, .. } if may_sample && !self.counting.samples() => {
+                self.meter.left_by_sampling(interval_bytes, watch)
+            }
             _ => None,
         };
-        let mut step = budget.decide(now, sampling);
+        let mut step = budget.decide(now, left);
         if step == Step::Open && watch.detaching() > 0 {
             // Those of the last window still run their programs: a call would be counted twice.
             step = Step::Stay;
@@ -169,36 +178,28 @@ impl Control {
         losses
     }
 
-    /// From now on only some of the blocks are recorded. Those that were are thinned out as if they
-    /// had been chosen in the same way, so that all stand for the same.
+    /// From now on only some of the blocks are recorded, and stand for the others. Those that are there
+    /// stand for themselves.
     pub fn sample(&mut self, watch: &mut Watch) -> Result<(), SessionError> {
         let (Some(budget), Method::Auto { interval_bytes, .. }) = (&mut self.budget, self.method)
         else {
             return Ok(());
         };
-        watch.kernel.sample(interval_bytes)?;
-        let began_ns = monotonic_ns();
-        let random = RandomState::new();
-        watch
-            .kernel
-            .blocks
-            .take(|key, block| {
-                // From 0 to 1, another one in each session.
-                let random = random.hash_one(key.address) as f64 / 2f64.powi(64);
-                block.born_ns < began_ns && random >= chance(block.size_bytes, interval_bytes)
-            })
-            .map_err(failed("BLOCKS"))?;
-        self.counting = self.counting.samples(interval_bytes);
         let now = self.meter.read(watch)?;
-        budget.sampled(now);
+        let sampling = Sampling {
+            interval_bytes: interval_bytes.into(),
+            since_ns: now.at_ns.saturating_add(SWITCHING_NS),
+        };
+        watch.kernel.sample(sampling)?;
+        self.counting = self.counting.with(sampling);
+        budget.begin_sampling(now);
         self.due = Instant::now() + budget.look_again_after(now);
-        let spent = now.spent_ns.saturating_sub(self.opened_spent_ns);
         let text = format!(
             "every allocation was counted for {}, which cost the processes {} of processor time, \
-             more than they may pay: from here on one block every {} is recorded, and the numbers \
-             are estimates",
-            report::duration(began_ns.saturating_sub(self.opened_ns)),
-            report::duration(spent),
+             more than they may pay: from here on one block every {} is recorded, and stands for \
+             others",
+            report::duration(now.at_ns.saturating_sub(self.opened_ns)),
+            report::duration(now.spent_ns.saturating_sub(self.opened_spent_ns)),
             report::bytes(interval_bytes.into()),
         );
         watch.note(None, text);
@@ -262,9 +263,10 @@ impl Control {
                  memory by who touched it first, and, after some windows, what survives them"
             }
         };
-        let counted = match self.counting.sample_interval_bytes() {
-            None => "every allocation was counted",
-            Some(_) => "allocations were counted, then sampled,",
+        let counted = if self.counting.samples() {
+            "allocations were counted, then sampled,"
+        } else {
+            "every allocation was counted"
         };
         Ok(format!(
             "{counted} for {}, which cost the processes {} of processor time, \
@@ -297,7 +299,7 @@ impl Control {
             .map_err(failed("SITES"))?;
         let mut still_there: HashMap<SiteId, u64> = HashMap::new();
         let mut kept: HashMap<SiteId, u64> = HashMap::new();
-        let thinned = self.thinned;
+        let (thinned, counting) = (self.thinned, self.counting);
         watch
             .kernel
             .blocks
@@ -312,7 +314,8 @@ impl Control {
                 if is_old {
                     *still_there.entry(site).or_default() += 1;
                 }
-                let is_kept = chosen(key, thinned);
+                // One that stands for others would tell of them all when it goes.
+                let is_kept = !counting.is_sampled(block) && chosen(key, thinned);
                 if is_kept {
                     *kept.entry(site).or_default() += 1;
                 }
@@ -333,10 +336,8 @@ impl Control {
         if told {
             self.windows.add(window, seen);
         }
-        if self.counting.sample_interval_bytes().is_some() {
-            watch.kernel.sample(0)?;
-            self.counting = self.counting.every_block();
-        }
+        watch.kernel.sample(Sampling::NONE)?;
+        self.counting = self.counting.with(Sampling::NONE);
         if kept.values().sum::<u64>() > MOST_KEPT {
             self.thinned += 1;
         }
@@ -406,8 +407,8 @@ impl<'a> Tallies<'a> {
         if value.allocated_count > 0
             && let Some(seen) = self.of(key.owner, key.stack)
         {
-            seen.allocated_bytes = seen.allocated_bytes.saturating_add(allocated_bytes);
-            seen.allocated_count = seen.allocated_count.saturating_add(allocated_count);
+            let allocated = Counters { allocated_bytes, allocated_count, ..Counters::default() };
+            seen.counters.add(&allocated);
         }
     }
 
@@ -418,11 +419,8 @@ impl<'a> Tallies<'a> {
             return None;
         }
         let site = self.living_site(key.owner, block.stack)?;
-        let heap = SiteKind::Heap;
-        let estimate = self.counting.mode_of(heap).estimate(heap, block.size_bytes);
-        let seen = self.by_site.entry(site).or_default();
-        seen.survived_bytes = seen.survived_bytes.saturating_add(estimate.bytes);
-        seen.survived_count = seen.survived_count.saturating_add(estimate.count);
+        let estimate = self.counting.estimate(SiteKind::Heap, block.size_bytes, block.born_ns);
+        self.by_site.entry(site).or_default().counters.hold(estimate);
         Some(site)
     }
 

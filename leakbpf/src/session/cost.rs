@@ -25,6 +25,9 @@ const BEYOND: f64 = 0.2;
 /// What the program takes at a call whose block is not chosen: docs/benchmarks.md has the measurement.
 const UNCHOSEN_IN_TRAPS: f64 = 0.2;
 
+/// With shorter ones most blocks are chosen.
+const LEAST_SAMPLE_INTERVAL: u32 = 4096;
+
 pub struct Meter {
     /// What a probe costs without what its program does.
     trap: Duration,
@@ -62,11 +65,16 @@ impl Meter {
         Ok(spent as u64)
     }
 
-    /// What would be left of the cost if blocks were sampled.
-    pub fn left_by_sampling(&self, watch: &Watch) -> Result<Option<f64>, SessionError> {
+    /// What would be left of the cost if blocks were sampled; none when that would not spare much.
+    pub fn left_by_sampling(&self, interval_bytes: u32, watch: &Watch) -> Option<f64> {
+        if interval_bytes < LEAST_SAMPLE_INTERVAL {
+            return None;
+        }
         let trap = self.trap.as_nanos() as f64;
-        let program = program_ns(&watch.kernel.cost()?);
-        Ok(program.map(|program| trap * (1.0 + UNCHOSEN_IN_TRAPS) / (trap + program)))
+        let cost = watch.kernel.cost().ok()?;
+        let program = program_ns(&cost)?;
+        let spared = (program - trap * UNCHOSEN_IN_TRAPS) * cost.hits as f64 * (1.0 + BEYOND);
+        Some(1.0 - spared / self.spent_ns(watch).ok()? as f64)
     }
 
     /// For a profile.

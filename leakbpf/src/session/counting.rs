@@ -1,61 +1,71 @@
 //! What the kernel side's numbers stand for: every block, or some of them; every page, or some.
 
-use leakbpf_common::{abi::SiteCounters, sampling::COUNT_SHIFT};
+use leakbpf_common::{
+    abi::{Block, SiteCounters},
+    sampling::{COUNT_SHIFT, Sampling},
+};
 
 use super::config::Method;
-use crate::profile::{Counters, Mode, SiteKind};
+use crate::profile::{Counters, Mode, SiteKind, estimate::Estimate};
 
 /// How a session counts at a moment. The method stays; whether blocks are sampled can change.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Counting {
     method: Method,
-    /// Bytes from one recorded block to the next, on average; none while every block is recorded.
-    sample_interval_bytes: Option<u32>,
+    sampling: Sampling,
+    /// Of the session (`CLOCK_MONOTONIC`).
+    began_ns: u64,
 }
 
 impl Counting {
     /// As a session begins.
-    pub const fn new(method: Method) -> Self {
-        let sample_interval_bytes = match method {
-            Method::Sample { interval_bytes } => Some(interval_bytes),
-            _ => None,
-        };
-        Self { method, sample_interval_bytes }
+    pub const fn new(method: Method, began_ns: u64) -> Self {
+        Self { method, sampling: method.sampling(), began_ns }
     }
 
-    pub const fn every_block(self) -> Self {
-        Self { sample_interval_bytes: None, ..self }
+    /// From now on blocks are recorded in this way.
+    pub const fn with(self, sampling: Sampling) -> Self {
+        Self { sampling, ..self }
     }
 
-    pub const fn samples(self, interval_bytes: u32) -> Self {
-        Self { sample_interval_bytes: Some(interval_bytes), ..self }
+    pub const fn sampling(self) -> Sampling {
+        self.sampling
     }
 
-    pub const fn sample_interval_bytes(self) -> Option<u32> {
-        self.sample_interval_bytes
+    pub const fn samples(self) -> bool {
+        self.sampling.interval_bytes != 0
+    }
+
+    /// Whether a block stands for others.
+    pub const fn is_sampled(self, block: &Block) -> bool {
+        block.born_ns >= self.sampling.since_ns
     }
 
     /// How things of a kind are counted, wherever that kind is.
     pub const fn mode_of(self, kind: SiteKind) -> Mode {
-        match (kind, self.sample_interval_bytes, self.method.page_interval()) {
-            (SiteKind::Heap, Some(interval_bytes), _) => Mode::Sample { interval_bytes },
-            (SiteKind::Resident, _, Some(one_in)) => Mode::Pages { one_in },
+        match (kind, self.method.page_interval()) {
+            (SiteKind::Heap, _) if self.samples() => Mode::Sample {
+                interval_bytes: self.sampling.interval_bytes as u32,
+                since_ns: self.sampling.since_ns.saturating_sub(self.began_ns),
+            },
+            (SiteKind::Resident, Some(one_in)) => Mode::Pages { one_in },
             _ => Mode::Exact,
         }
     }
 
+    /// What one thing of a kind stands for that is there since then (`CLOCK_MONOTONIC`).
+    pub fn estimate(self, kind: SiteKind, size_bytes: u64, born_ns: u64) -> Estimate {
+        self.mode_of(kind).estimate(kind, size_bytes, born_ns.saturating_sub(self.began_ns))
+    }
+
     /// What went through a site of the kernel side, without what is live.
     pub fn heap_counters(self, value: &SiteCounters) -> Counters {
-        let fraction = if self.method.samples() { COUNT_SHIFT } else { 0 };
-        let (allocated_bytes, allocated_count) =
-            (value.allocated_bytes, value.allocated_count >> fraction);
+        let fraction = if self.method.may_sample() { COUNT_SHIFT } else { 0 };
         Counters {
-            allocated_bytes,
-            allocated_count,
-            // Blocks that were recorded before sampling began stand for others from then on, and may
-            // turn out to have been more.
-            freed_bytes: value.freed_bytes.min(allocated_bytes),
-            freed_count: (value.freed_count >> fraction).min(allocated_count),
+            allocated_bytes: value.allocated_bytes,
+            allocated_count: value.allocated_count >> fraction,
+            freed_bytes: value.freed_bytes,
+            freed_count: value.freed_count >> fraction,
             ..Counters::default()
         }
     }
@@ -74,31 +84,32 @@ mod tests {
 
     const AUTO: Method =
         Method::Auto { limit: Limit { ppm: 10_000 }, one_in: 16, interval_bytes: 4096 };
+    const BEGAN_NS: u64 = 1_000_000;
 
     #[test]
     fn blocks_are_what_they_are_until_they_are_sampled() {
-        let counting = Counting::new(AUTO);
+        let counting = Counting::new(AUTO, BEGAN_NS);
         assert_eq!(counting.mode_of(SiteKind::Heap), Mode::Exact);
         assert_eq!(counting.mode_of(SiteKind::Resident), Mode::Pages { one_in: 16 });
-        let sampled = counting.samples(4096);
-        assert_eq!(sampled.mode_of(SiteKind::Heap), Mode::Sample { interval_bytes: 4096 });
+        let sampling = Sampling { interval_bytes: 4096, since_ns: BEGAN_NS + 700 };
+        let sampled = counting.with(sampling);
+        let mode = Mode::Sample { interval_bytes: 4096, since_ns: 700 };
+        assert_eq!(sampled.mode_of(SiteKind::Heap), mode);
         assert_eq!(sampled.mode_of(SiteKind::Mapping), Mode::Exact);
-        assert_eq!(sampled.every_block(), counting);
+        assert_eq!(sampled.estimate(SiteKind::Heap, 64, BEGAN_NS + 699), Estimate::times(64, 1));
+        let estimate = sampled.estimate(SiteKind::Heap, 64, BEGAN_NS + 700);
+        assert_eq!(estimate, Estimate::sampled(64, 4096));
+        assert_eq!(estimate.bytes, sampling.weight(64, BEGAN_NS + 700).bytes);
+        assert_eq!(sampled.with(Sampling::NONE), counting);
     }
 
     #[test]
     fn where_blocks_may_be_sampled_their_numbers_have_fractions() {
-        let value = SiteCounters {
-            allocated_bytes: 100,
-            allocated_count: 3 << COUNT_SHIFT,
-            freed_bytes: 120,
-            freed_count: 1 << COUNT_SHIFT,
-            announced: 0,
-        };
-        let counters = Counting::new(AUTO).heap_counters(&value);
-        assert_eq!((counters.allocated_count, counters.freed_count), (3, 1));
-        assert_eq!(counters.freed_bytes, 100, "no more than was allocated");
+        let value = SiteCounters { allocated_count: 3 << COUNT_SHIFT, ..SiteCounters::default() };
+        let counters = Counting::new(AUTO, BEGAN_NS).heap_counters(&value);
+        assert_eq!(counters.allocated_count, 3);
         let value = SiteCounters { allocated_count: 3, ..value };
-        assert_eq!(Counting::new(Method::Exact).heap_counters(&value).allocated_count, 3);
+        let counters = Counting::new(Method::Exact, BEGAN_NS).heap_counters(&value);
+        assert_eq!(counters.allocated_count, 3);
     }
 }

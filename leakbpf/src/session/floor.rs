@@ -47,7 +47,7 @@ pub fn place(pid: u32, naive: bool, kind: Links) -> Result<Floor, SessionError> 
         return_instances: None,
         probes: true,
         pages: None,
-        samples: false,
+        may_sample: false,
         links: kind,
     })?;
     let maps = Maps::of(Pid(pid))?;

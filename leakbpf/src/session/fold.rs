@@ -132,7 +132,7 @@ fn take_out(
     let mut held = Held::new();
     let mut hold = |owner, key: (StackId, SiteKind), size_bytes, born_ns: u64| {
         if filter.keeps(size_bytes, now_ns.saturating_sub(born_ns)) {
-            let estimate = counting.mode_of(key.1).estimate(key.1, size_bytes);
+            let estimate = counting.estimate(key.1, size_bytes, born_ns);
             held.entry(owner).or_default().entry(key).or_default().hold(estimate, born_ns);
         }
     };
@@ -173,12 +173,10 @@ fn take_out(
             if filter.keeps(range.length_bytes, now_ns.saturating_sub(range.born_ns)) {
                 let sites = held.entry(life.owner).or_default();
                 let site = sites.entry((range.stack, range.kind)).or_default();
-                let estimate =
-                    counting.mode_of(range.kind).estimate(range.kind, range.length_bytes);
+                let estimate = counting.estimate(range.kind, range.length_bytes, range.born_ns);
                 site.hold(estimate, range.born_ns);
             }
         }
-        let pages = counting.mode_of(SiteKind::Resident);
         for (stack, value) in life.pages.counters() {
             let folded = Folded { counters: counting.page_counters(value), born_ns: None };
             let sites = held.entry(life.owner).or_default();
@@ -188,7 +186,8 @@ fn take_out(
             if filter.keeps(page.length_bytes, now_ns.saturating_sub(page.born_ns)) {
                 let sites = held.entry(life.owner).or_default();
                 let site = sites.entry((page.stack, SiteKind::Resident)).or_default();
-                let estimate = pages.estimate(SiteKind::Resident, page.length_bytes);
+                let estimate =
+                    counting.estimate(SiteKind::Resident, page.length_bytes, page.born_ns);
                 site.hold(estimate, page.born_ns);
             }
         }

@@ -56,7 +56,7 @@ fn settings(config: &Config) -> Result<Settings, SessionError> {
         return_instances: host::kernel_types().as_deref().and_then(ReturnInstances::find),
         probes: config.method.probes(),
         pages: config.method.page_interval().map(|interval| PageChoice { interval, seed: seed() }),
-        samples: config.method.samples(),
+        may_sample: config.method.may_sample(),
         links: config.links.unwrap_or_else(|| suitable_links(config)),
     })
 }

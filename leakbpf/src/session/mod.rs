@@ -42,7 +42,6 @@ use self::{
     config::{Config, Method, Target},
     control::Control,
     cost::Meter,
-    counting::Counting,
     inbox::Inbox,
     loading::load,
     output::OutputFile,
@@ -125,9 +124,7 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
     let mut output = OutputFile::create(config, &host)?;
 
     let (mut kernel, lesser_stacks) = load(config)?;
-    if let Some(interval_bytes) = Counting::new(config.method).sample_interval_bytes() {
-        kernel.sample(interval_bytes)?;
-    }
+    kernel.sample(config.method.sampling())?;
     kernel.attach_process_events()?;
     let mapping_events = match config.method {
         Method::Exact => Some(kernel.attach_mapping_events()),

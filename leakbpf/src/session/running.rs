@@ -54,7 +54,6 @@ pub struct Session<'a> {
     sites: Sites,
     groups: Groups,
     next_fold: Instant,
-    began_ns: u64,
     started_unix_ns: u64,
     kernel_release: String,
 }
@@ -70,7 +69,6 @@ impl<'a> Session<'a> {
     ) -> Self {
         Self {
             config,
-            began_ns: watch.began_ns,
             watch,
             inbox,
             control,
@@ -141,7 +139,7 @@ impl<'a> Session<'a> {
                 _ = progress_tick.tick(), if progress.shown() => {
                     let counts = self.watch.kernel.counts()?;
                     let hits = self.watch.kernel.cost()?.hits + counts.pages_touched;
-                    progress.show(Duration::from_nanos(monotonic_ns().saturating_sub(self.began_ns)), self.live_bytes()?, hits, &counts);
+                    progress.show(Duration::from_nanos(monotonic_ns().saturating_sub(self.watch.began_ns)), self.live_bytes()?, hits, &counts);
                 }
                 // Last: whoever fills the ring buffer faster than it is read must not keep the
                 // session from ending.
@@ -201,7 +199,9 @@ impl<'a> Session<'a> {
         let mode = self.control.mode();
         if mode.lists(SiteKind::Resident) {
             for page in self.watch.lives.iter().flat_map(|life| life.pages.live()) {
-                let estimate = mode.estimate(SiteKind::Resident, page.length_bytes);
+                let counting = self.control.counting();
+                let estimate =
+                    counting.estimate(SiteKind::Resident, page.length_bytes, page.born_ns);
                 live = live.saturating_add(estimate.bytes);
             }
             return Ok(live);
@@ -327,7 +327,7 @@ impl<'a> Session<'a> {
         Ok(Profile {
             mode,
             started_unix_ns: self.started_unix_ns,
-            duration_ns: now_ns.saturating_sub(self.began_ns),
+            duration_ns: now_ns.saturating_sub(watch.began_ns),
             kernel: self.kernel_release.clone(),
             hostname: host::name(),
             processes: watch.lives.iter().map(|life| life.process.clone()).collect(),

@@ -217,7 +217,8 @@ impl Sites {
             let block = entry?;
             if filter.keeps(block.size_bytes, block.age_ns) {
                 let site = outstanding.sites.entry(&mut counters, block.site);
-                site.count_live(block.size_bytes, block.age_ns, counting.mode_of(site.kind));
+                let born_ns = now_ns.saturating_sub(block.age_ns);
+                site.hold(counting.estimate(site.kind, block.size_bytes, born_ns), block.age_ns);
             }
         }
         let sites = (0..self.sites.len())

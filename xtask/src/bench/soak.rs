@@ -1,6 +1,6 @@
 //! `cargo xtask bench soak`: whether the budget holds for long, under a load that changes.
 //!
-//! Two servers of a kind take turns under the same load, a few seconds each: one is watched, its twin
+//! Two servers of a kind take turns under the same load, half a second each: one is watched, its twin
 //! is not. So whatever the machine does meets both, and what the watched one takes more for a unit is what
 //! leakbpf costs. How much the two differ by themselves is measured before leakbpf attaches, and after
 //! it is gone.
@@ -9,7 +9,7 @@ use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::agent::{Agent, Tracer};
@@ -117,6 +117,10 @@ pub fn run(
     unwatched_minutes: u32,
     arguments: &[String],
 ) -> Result<String> {
+    ensure!(
+        minutes > 0 && unwatched_minutes as usize >= KINDS,
+        "at least one minute watched, and one of each of the {KINDS} kinds of load that is not"
+    );
     let mut soak = Soak {
         watched: Running::start(workload, &Default::default())?,
         other: Running::start(workload, &Default::default())?,
