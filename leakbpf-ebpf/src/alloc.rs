@@ -1,5 +1,5 @@
 //! Uprobes on allocator functions. What a function does and where its operands are is in the
-//! attach cookie, so three programs serve every allocator.
+//! attach cookie, so four programs serve every allocator.
 
 use aya_ebpf::{
     EbpfContext as _,
