@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use leakbpf_common::{
     abi::{BlockKey, Owner, Role, SizeRule, StackId},
-    ledger::{self, Books as _, Call, ThreadState},
+    ledger::{self, Call, ThreadState},
     sampling::{COUNT_SHIFT, Sampling, Weight},
 };
 
