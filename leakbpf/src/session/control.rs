@@ -145,9 +145,9 @@ impl Control {
     pub fn attend(&mut self, watch: &mut Watch) -> Result<Step, SessionError> {
         let Some(budget) = &mut self.budget else { return Ok(Step::Stay) };
         let now = self.meter.read(watch)?;
-        let may_sample = matches!(self.method, Method::Auto { .. }) && self.unbroken;
         let left = || match self.method {
-            Method::Auto { interval_bytes, .. } if may_sample && !self.counting.samples() => {
+            // What was missed can't be made up for.
+            Method::Auto { interval_bytes, .. } if self.unbroken => {
                 self.meter.left_by_sampling(interval_bytes, watch)
             }
             _ => None,
