@@ -34,7 +34,7 @@ use super::{
 };
 use crate::{
     preflight::tracepoint::TracepointFormat,
-    process::{host, tracefs},
+    process::{preemption, tracefs},
 };
 
 static OBJECT: &[u8] = include_bytes_aligned!("../../bpf/leakbpf.bpf.o");
@@ -333,7 +333,7 @@ impl Kernel {
     /// A kernel that preempts itself leaves runs of programs on functions out: see
     /// [`Self::mappings_missed`]. Those on tracepoints it does not interrupt.
     pub fn attach_mapping_functions(&mut self) -> Result<(), KernelError> {
-        if host::kernel_preempts() {
+        if preemption::kernel_preempts() {
             return Err(KernelError::Load(
                 "this kernel preempts itself, and leaves out runs of programs on its functions"
                     .to_owned(),

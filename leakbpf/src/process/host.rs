@@ -20,31 +20,6 @@ const FILTERED_ERRNO: i32 = 3999;
 
 const KERNEL_TYPES: &str = "/sys/kernel/btf/vmlinux";
 
-/// Whether the kernel takes the CPU away from its own code; where it does not say, it may.
-pub fn kernel_preempts() -> bool {
-    let version = line("/proc/version").unwrap_or_default();
-    // Lists the models, the one in force in parentheses.
-    let model = line("/sys/kernel/debug/sched/preempt");
-    preempts(&version, model.as_deref())
-}
-
-/// From `/proc/version` (init/version.c, init/Makefile: `PREEMPT`, `PREEMPT_RT`, `PREEMPT_DYNAMIC`;
-/// since 6.13 with the model in force, as in `PREEMPT(lazy)`), and what debugfs says of the model.
-fn preempts(version: &str, model: Option<&str>) -> bool {
-    let calm = |word: &str| matches!(word, "none" | "voluntary");
-    let Some(word) = version.split_whitespace().find(|word| word.starts_with("PREEMPT")) else {
-        return false;
-    };
-    let in_parentheses = |text: &str| -> Option<String> {
-        let (_, rest) = text.split_once('(')?;
-        Some(rest.split_once(')')?.0.to_owned())
-    };
-    match in_parentheses(word).or_else(|| in_parentheses(model?)) {
-        Some(model) => !calm(&model),
-        None => true,
-    }
-}
-
 /// Looks at this machine and at the agent's rights. What cannot be read counts as absent.
 pub fn observe() -> HostFacts {
     let kernel_release = line("/proc/sys/kernel/osrelease").unwrap_or_default();
@@ -217,18 +192,6 @@ pub fn name() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_kernel_says_whether_it_preempts_itself() {
-        let version = |model: &str| format!("Linux version 7.3.4 (gcc) #1 SMP {model} Debian 7.3");
-        let says = |model: &str, listed| preempts(&version(model), listed);
-        assert!(says("PREEMPT(lazy)", None) && says("PREEMPT(full)", Some("none (voluntary)")));
-        assert!(!says("PREEMPT(none)", None) && !says("PREEMPT(voluntary)", None));
-        assert!(!says("PREEMPT_DYNAMIC", Some("none (voluntary) full")));
-        assert!(says("PREEMPT_DYNAMIC", Some("none voluntary (full)")));
-        assert!(says("PREEMPT_DYNAMIC", None) && says("PREEMPT", None) && says("PREEMPT_RT", None));
-        assert!(!says("", None));
-    }
 
     #[test]
     fn the_kernels_list_of_cpus_is_read() {

@@ -15,6 +15,7 @@ pub mod mapped_file;
 pub mod maps;
 pub mod memory;
 pub mod pagemap;
+pub mod preemption;
 pub mod priority;
 pub mod root_directory;
 pub mod select;
