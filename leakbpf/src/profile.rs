@@ -69,7 +69,7 @@ impl Mode {
                 let most = sampling::MAX_INTERVAL_BYTES as u32;
                 Some(Self::Sample {
                     interval_bytes: up_to(most, Self::SAMPLE_INTERVAL)?,
-                    since_ns: choice(Self::SAMPLED_SINCE).unwrap_or(0),
+                    since_ns: choice(Self::SAMPLED_SINCE)?,
                 })
             }
             _ => None,

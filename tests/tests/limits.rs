@@ -1,6 +1,6 @@
 //! What happens at the limits: maps that fill, many blocks, filters.
 
-use leakbpf_tests::{Allocator, Leakbpf, Target, c_program, heap_difference};
+use leakbpf_tests::{Allocator, Leakbpf, Profile, Target, c_program, heap_difference};
 
 #[test]
 fn a_full_block_map_is_reported_and_keeps_only_true_blocks() {
@@ -66,6 +66,36 @@ fn blocks_below_the_age_filter_are_left_out() {
     target.run("many 30 999");
     let profile = session.stop();
     assert!(profile.heap_blocks(target.pid()).is_empty());
+}
+
+/// A filter is for the eyes of whoever records: the file is for all questions.
+#[test]
+fn a_recording_has_all_blocks_whatever_filter_it_was_made_with() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let file = directory.path().join("x.leak");
+    let mut target = Target::start(&c_program("heap", Allocator::Glibc));
+    let mut session = Leakbpf::record()
+        .pid(target.pid())
+        .argument("--min-size")
+        .argument("1000")
+        .output(&file)
+        .start();
+    target.run("many 30 999");
+    target.run("many 20 1000");
+    session.signal(libc::SIGINT);
+    assert!(session.wait().success(), "{}", session.stderr());
+    let printed = session.stdout();
+    assert!(printed.contains("only blocks of 1000 B and more"), "{printed}");
+    assert!(printed.contains("20,000 bytes in 20 blocks"), "{printed}");
+    let report = |arguments: &[&str]| {
+        let mut command = leakbpf_tests::leakbpf_command();
+        command.args(["report", "--format", "json"]).arg(&file).args(arguments);
+        let output = command.output().expect("it starts");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Profile::parse(&String::from_utf8(output.stdout).expect("text"))
+    };
+    assert_eq!(report(&[]).totals.live_bytes, 30 * 999 + 20 * 1000);
+    assert_eq!(report(&["--min-size", "1000"]).totals.live_bytes, 20 * 1000);
 }
 
 #[test]

@@ -45,7 +45,8 @@ fn configuration() -> Option<String> {
 
 /// The version has `PREEMPT`, `PREEMPT_RT` or `PREEMPT_DYNAMIC` (init/Makefile), and some have the model
 /// in force (`PREEMPT(lazy)`). A dynamic one is that of the command line, or else the configuration's,
-/// until somebody changes it through debugfs (kernel/sched/core.c, `preempt_dynamic_init`).
+/// until somebody changes it through debugfs (kernel/sched/core.c, `preempt_dynamic_init`); newer kernels
+/// have no models that do not preempt, and no options for them.
 fn preempts(facts: &Facts) -> bool {
     let calm = |model: &str| matches!(model, "none" | "voluntary");
     let Some(word) = facts.version.split_whitespace().find(|word| word.starts_with("PREEMPT"))
@@ -58,15 +59,16 @@ fn preempts(facts: &Facts) -> bool {
     if word != "PREEMPT_DYNAMIC" {
         return true;
     }
+    let configuration = facts.configuration.as_deref().unwrap_or_default();
+    if !configuration.contains("CONFIG_PREEMPT_NONE") {
+        return true;
+    }
     let asked = |word: &'_ str| word.strip_prefix("preempt=").map(calm);
     if let Some(calm) = facts.command_line.split_whitespace().filter_map(asked).next_back() {
         return !calm;
     }
-    let configured = |option: &str| {
-        let lines = facts.configuration.iter().flat_map(|text| text.lines());
-        lines.into_iter().any(|line| line.strip_suffix("=y") == Some(option))
-    };
-    !(configured("CONFIG_PREEMPT_NONE") || configured("CONFIG_PREEMPT_VOLUNTARY"))
+    let calm = ["CONFIG_PREEMPT_NONE=y", "CONFIG_PREEMPT_VOLUNTARY=y"];
+    !configuration.lines().any(|line| calm.contains(&line))
 }
 
 fn in_parentheses(text: &str) -> Option<&str> {
@@ -116,6 +118,7 @@ mod tests {
         assert!(says(lazy, "quiet", "PREEMPT_DYNAMIC"));
         assert!(says(none, "preempt=full quiet", "PREEMPT_DYNAMIC"));
         assert!(!says(lazy, "preempt=full preempt=none", "PREEMPT_DYNAMIC"));
+        assert!(says("CONFIG_PREEMPT_LAZY=y\n", "preempt=none", "PREEMPT_DYNAMIC"));
         assert!(says(none, "", "PREEMPT_RT"));
     }
 }

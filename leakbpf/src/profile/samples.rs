@@ -297,7 +297,8 @@ pub fn pages() -> Profile {
 /// there, and mappings, which are counted.
 pub fn sampled() -> Profile {
     let mut profile = server();
-    profile.mode = Mode::Sample { interval_bytes: 512 << 10, since_ns: 0 };
+    let since_ns = profile.duration_ns - 20 * SECOND;
+    profile.mode = Mode::Sample { interval_bytes: 512 << 10, since_ns };
     profile.processes.truncate(1);
     profile.sites.retain(|site| site.process == ProcessId(0));
     profile.blocks.clear();
@@ -430,7 +431,7 @@ fn any_site(
         select(SiteKind::ALL.to_vec()),
         select(StackOutcome::ALL.to_vec()),
         vec(select(frames), 0..6),
-        vec((0..1_u64 << 40, 0..1_u64 << 50), 0..5),
+        vec((prop_oneof![0..1_u64 << 20, 0..1_u64 << 40], 0..1_u64 << 50), 0..5),
         any::<(u32, u32)>(),
     )
         .prop_map(|(process, kind, outcome, frames, blocks, (freed_bytes, freed_count))| {
@@ -477,7 +478,8 @@ pub fn any_profile() -> impl Strategy<Value = Profile> {
             let mode = prop_oneof![
                 Just(Mode::Exact),
                 (1..1000_u32).prop_map(|one_in| Mode::Pages { one_in }),
-                (1..1u32 << 26, 0..1_u64 << 60).prop_map(|(interval_bytes, since_ns)| {
+                // Put to the session's end below: since so long ago.
+                (1..1u32 << 26, 0..1_u64 << 50).prop_map(|(interval_bytes, since_ns)| {
                     Mode::Sample { interval_bytes, since_ns }
                 }),
             ];
@@ -485,6 +487,10 @@ pub fn any_profile() -> impl Strategy<Value = Profile> {
             (Just(processes), Just(modules), Just(sites), events, losses, facts)
         })
         .prop_map(|(processes, modules, sites, events, losses, facts)| {
+            let mut facts = facts;
+            if let Mode::Sample { since_ns, .. } = &mut facts.4 {
+                *since_ns = facts.1.saturating_sub(*since_ns);
+            }
             let mut distinct: Vec<(Site, Vec<(u64, u64)>)> = Vec::new();
             for (site, blocks) in sites {
                 let is_twin = |other: &Site| {

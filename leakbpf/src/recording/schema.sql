@@ -1,6 +1,7 @@
 CREATE TABLE meta (
   -- One fact of the session a row: started_unix_ns, kernel, hostname, leakbpf (version); and, as of
-  -- the last snapshot: mode, one_in (mode pages), sample_interval_bytes (mode sample);
+  -- the last snapshot: mode, one_in (mode pages), sample_interval_bytes and sampled_since_ns
+  -- (mode sample; rows of a mode that has ended stay);
   -- max_overhead_ppm (the limit), target_cpu_ns, probe_hits, spent_ns (what they cost of it),
   -- agent_cpu_ns, agent_peak_rss_bytes; page_interval (one page in so many was looked at, in
   -- any mode); windows (how many), windows_open_ns, windows_early_ns (their

@@ -120,18 +120,22 @@ proptest! {
 fn a_mode_that_estimates_needs_to_say_of_how_many() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("x.leakbpf");
-    let profile = samples::pages();
-    recorded(&path, &profile);
-    assert_eq!(loaded(&path).unwrap(), profile);
-    let change = |sql: &str| Connection::open(&path).unwrap().execute(sql, []).unwrap();
-    for sql in [
-        "UPDATE meta SET value = '0' WHERE key = 'one_in'",
-        "UPDATE meta SET value = 'many' WHERE key = 'one_in'",
-        "DELETE FROM meta WHERE key = 'one_in'",
-    ] {
-        assert_eq!(change(sql), 1);
-        assert!(matches!(loaded(&path), Err(ReadError::Damaged { .. })), "{sql}");
-    }
+    let wrong = |profile: &Profile, key: &str, values: &[&str]| {
+        let statements = values
+            .iter()
+            .map(|value| format!("UPDATE meta SET value = '{value}' WHERE key = '{key}'"))
+            .chain([format!("DELETE FROM meta WHERE key = '{key}'")]);
+        for sql in statements {
+            let _ = fs::remove_file(&path);
+            recorded(&path, profile);
+            assert_eq!(loaded(&path).unwrap(), *profile);
+            assert_eq!(Connection::open(&path).unwrap().execute(&sql, []).unwrap(), 1);
+            assert!(matches!(loaded(&path), Err(ReadError::Damaged { .. })), "{sql}");
+        }
+    };
+    wrong(&samples::pages(), "one_in", &["0", "many"]);
+    wrong(&samples::sampled(), "sample_interval_bytes", &["0", "many"]);
+    wrong(&samples::sampled(), "sampled_since_ns", &["-1", "long"]);
 }
 
 #[test]

@@ -336,7 +336,13 @@ mod tests {
             let totals = profile.totals();
             prop_assert_eq!(sum(0), signed(totals.allocated_count));
             prop_assert_eq!(sum(1), signed(totals.allocated_bytes));
-            prop_assert_eq!(sum(2), signed(totals.live_count));
+            // Each site has left out a fraction of a block at most.
+            let fractions = match profile.mode {
+                Mode::Sample { .. } => signed(profile.sites.len() as u64),
+                _ => 0,
+            };
+            let left_out = signed(totals.live_count) - sum(2);
+            prop_assert!((0..=fractions).contains(&left_out), "{left_out}");
             prop_assert_eq!(sum(3), signed(totals.live_bytes));
             for sample in &message.sample {
                 prop_assert!(!sample.location_id.is_empty());

@@ -111,7 +111,10 @@ pub fn one(attached: &Attached, watch: &Watch, config: &Config, started: Instant
             Method::Exact => format!(
                 "only mappings are counted, and `leakbpf record --mode pages -p {pid}` shows what it holds"
             ),
-            _ => format!("`leakbpf record --mode pages -p {pid}` shows what it holds"),
+            Method::Sample { .. } | Method::Pages { .. } => {
+                format!("`leakbpf record --mode pages -p {pid}` shows what it holds")
+            }
+            Method::Windows { .. } => "nothing is counted".to_owned(),
         };
         eprintln!(
             "leakbpf: no allocator function was found in {}: {what}; debug symbols of a stripped \

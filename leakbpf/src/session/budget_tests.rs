@@ -57,7 +57,10 @@ impl Simulation {
             let step = self.budget.decide(self.now, || self.sampling);
             match step {
                 Step::Stay => continue,
-                Step::Open => self.budget.opened(self.now, self.placing),
+                Step::Open => {
+                    self.price = 1.0;
+                    self.budget.opened(self.now, self.placing);
+                }
                 Step::Sample => {
                     self.price = self.sampling.expect("it was offered");
                     self.budget.begin_sampling(self.now);

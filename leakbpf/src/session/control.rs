@@ -40,8 +40,9 @@ const ENOUGH_WINDOWS: u32 = 3;
 /// Most blocks that are watched from one window to the next.
 const MOST_KEPT: u64 = 1 << 17;
 
-/// Programs that run when sampling begins have long ended after this time.
-const SWITCHING_NS: u64 = 10_000_000;
+/// Programs that run when sampling begins have long ended after this time, wherever they were
+/// interrupted.
+const SWITCHING_NS: u64 = 1_000_000_000;
 
 /// From then on a window is worth a word.
 const LONG_WINDOW: Duration = Duration::from_secs(10);
@@ -125,12 +126,13 @@ impl Control {
     }
 
     /// How the numbers come to be that a profile shows now.
-    pub fn mode(&self) -> Mode {
+    pub fn mode(&self, now_ns: u64) -> Mode {
+        let of_blocks = self.counting.at(now_ns).mode_of(SiteKind::Heap);
         match self.method {
-            Method::Exact | Method::Sample { .. } => self.counting.mode_of(SiteKind::Heap),
+            Method::Exact | Method::Sample { .. } => of_blocks,
             Method::Pages { one_in } => Mode::Pages { one_in },
             Method::Windows { .. } => Mode::Windows,
-            Method::Auto { .. } if self.unbroken => self.counting.mode_of(SiteKind::Heap),
+            Method::Auto { .. } if self.unbroken => of_blocks,
             Method::Auto { .. } if self.windows.count() >= ENOUGH_WINDOWS => Mode::Windows,
             Method::Auto { one_in, .. } => Mode::Pages { one_in },
         }
@@ -188,7 +190,7 @@ impl Control {
         let now = self.meter.read(watch)?;
         let sampling = Sampling {
             interval_bytes: interval_bytes.into(),
-            since_ns: now.at_ns.saturating_add(SWITCHING_NS),
+            since_ns: monotonic_ns().saturating_add(SWITCHING_NS),
         };
         watch.kernel.sample(sampling)?;
         self.counting = self.counting.with(sampling);

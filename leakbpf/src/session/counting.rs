@@ -28,6 +28,16 @@ impl Counting {
         Self { sampling, ..self }
     }
 
+    /// As it looks at a moment: blocks that count as born later are there already (see
+    /// [`Sampling::birth_ns`]).
+    pub fn at(self, now_ns: u64) -> Self {
+        let since_ns = match self.samples() {
+            true => self.sampling.since_ns.min(now_ns),
+            false => self.sampling.since_ns,
+        };
+        Self { sampling: Sampling { since_ns, ..self.sampling }, ..self }
+    }
+
     pub const fn sampling(self) -> Sampling {
         self.sampling
     }
@@ -61,11 +71,14 @@ impl Counting {
     /// What went through a site of the kernel side, without what is live.
     pub fn heap_counters(self, value: &SiteCounters) -> Counters {
         let fraction = if self.method.may_sample() { COUNT_SHIFT } else { 0 };
+        // Rounded so that the difference is what is live.
+        let live_count = value.allocated_count.saturating_sub(value.freed_count) >> fraction;
+        let freed_count = value.freed_count >> fraction;
         Counters {
             allocated_bytes: value.allocated_bytes,
-            allocated_count: value.allocated_count >> fraction,
+            allocated_count: freed_count.saturating_add(live_count),
             freed_bytes: value.freed_bytes,
-            freed_count: value.freed_count >> fraction,
+            freed_count,
             ..Counters::default()
         }
     }
@@ -101,6 +114,12 @@ mod tests {
         assert_eq!(estimate, Estimate::sampled(64, 4096));
         assert_eq!(estimate.bytes, sampling.weight(64, BEGAN_NS + 700).bytes);
         assert_eq!(sampled.with(Sampling::NONE), counting);
+        // A second after the switch, all is as it will be; before, what is sampled is the youngest.
+        assert_eq!(sampled.at(BEGAN_NS + 900), sampled);
+        let early = sampled.at(BEGAN_NS + 500);
+        let estimate = early.estimate(SiteKind::Heap, 64, BEGAN_NS + 500);
+        assert_eq!(estimate, Estimate::sampled(64, 4096));
+        assert_eq!(early.estimate(SiteKind::Heap, 64, BEGAN_NS + 499), Estimate::times(64, 1));
     }
 
     #[test]

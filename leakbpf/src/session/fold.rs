@@ -16,7 +16,7 @@ use super::{
 use crate::{
     ledger::{pages::Pages, ranges::Mappings},
     probe::kernel::KernelError,
-    profile::{BlockFilter, Counters, Process, ProcessId, SiteKind, estimate::Estimate},
+    profile::{Counters, Process, ProcessId, SiteKind, estimate::Estimate},
 };
 
 /// Ended lives that are kept block by block.
@@ -75,14 +75,14 @@ pub fn foldable(lives: &[Life]) -> usize {
     lives.iter().filter(|life| life.ended() && !life.folded).count()
 }
 
-/// Folds every life that has ended. One walk over the kernel's maps, however many there are.
+/// Folds every life that has ended. One walk over the kernel's maps, however many there are. `counts`
+/// says what is counted as live, by kind and size: an ended process's memory has no age that matters.
 pub fn fold(
     watch: &mut Watch,
     sites: &mut Sites,
     groups: &mut Groups,
     counting: Counting,
-    filter: BlockFilter,
-    now_ns: u64,
+    counts: impl Fn(SiteKind, u64) -> bool,
 ) -> Result<(), KernelError> {
     let ended: HashMap<Owner, ProcessId> = watch
         .lives
@@ -91,7 +91,7 @@ pub fn fold(
         .filter(|(_, life)| life.ended() && !life.folded)
         .map(|(index, life)| (life.owner, ProcessId(index)))
         .collect();
-    let mut held = take_out(watch, &ended, counting, filter, now_ns)?;
+    let mut held = take_out(watch, &ended, counting, counts)?;
     sites.forget(|owner| ended.contains_key(owner));
     let listed = watch.listed;
     for (process, left) in let_go(watch, &ended) {
@@ -125,13 +125,12 @@ fn take_out(
     watch: &Watch,
     ended: &HashMap<Owner, ProcessId>,
     counting: Counting,
-    filter: BlockFilter,
-    now_ns: u64,
+    counts: impl Fn(SiteKind, u64) -> bool,
 ) -> Result<Held, KernelError> {
     let failed = |map| move |source| KernelError::Map { map, source };
     let mut held = Held::new();
     let mut hold = |owner, key: (StackId, SiteKind), size_bytes, born_ns: u64| {
-        if filter.keeps(size_bytes, now_ns.saturating_sub(born_ns)) {
+        if counts(key.1, size_bytes) {
             let estimate = counting.estimate(key.1, size_bytes, born_ns);
             held.entry(owner).or_default().entry(key).or_default().hold(estimate, born_ns);
         }
@@ -170,7 +169,7 @@ fn take_out(
             held.entry(life.owner).or_default().entry(key).or_default().add(&folded);
         }
         for range in life.mappings.live() {
-            if filter.keeps(range.length_bytes, now_ns.saturating_sub(range.born_ns)) {
+            if counts(range.kind, range.length_bytes) {
                 let sites = held.entry(life.owner).or_default();
                 let site = sites.entry((range.stack, range.kind)).or_default();
                 let estimate = counting.estimate(range.kind, range.length_bytes, range.born_ns);
@@ -183,7 +182,7 @@ fn take_out(
             sites.entry((stack, SiteKind::Resident)).or_default().add(&folded);
         }
         for page in life.pages.live() {
-            if filter.keeps(page.length_bytes, now_ns.saturating_sub(page.born_ns)) {
+            if counts(SiteKind::Resident, page.length_bytes) {
                 let sites = held.entry(life.owner).or_default();
                 let site = sites.entry((page.stack, SiteKind::Resident)).or_default();
                 let estimate =

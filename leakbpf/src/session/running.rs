@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use super::{
     SessionError,
     budget::Step,
-    config::Config,
+    config::{Config, Output},
     control::Control,
     fold::{self, Groups},
     inbox::Inbox,
@@ -30,7 +30,7 @@ use crate::{
         Pid, host,
         launch::{LaunchedProgram, exit_code},
     },
-    profile::{Profile, SiteKind},
+    profile::{BlockFilter, Profile, SiteKind},
     report::{self, ReportOptions},
 };
 
@@ -54,6 +54,8 @@ pub struct Session<'a> {
     sites: Sites,
     groups: Groups,
     next_fold: Instant,
+    /// A recording is written.
+    records: bool,
     started_unix_ns: u64,
     kernel_release: String,
 }
@@ -75,6 +77,7 @@ impl<'a> Session<'a> {
             sites: Sites::default(),
             groups: Groups::default(),
             next_fold: Instant::now(),
+            records: matches!(config.output, Some(Output::Recording(_))),
             started_unix_ns: unix_ns(),
             kernel_release,
         }
@@ -196,10 +199,9 @@ impl<'a> Session<'a> {
 
     fn live_bytes(&self) -> Result<u64, SessionError> {
         let mut live = 0u64;
-        let mode = self.control.mode();
-        if mode.lists(SiteKind::Resident) {
+        let counting = self.control.counting();
+        if self.control.mode(monotonic_ns()).lists(SiteKind::Resident) {
             for page in self.watch.lives.iter().flat_map(|life| life.pages.live()) {
-                let counting = self.control.counting();
                 let estimate =
                     counting.estimate(SiteKind::Resident, page.length_bytes, page.born_ns);
                 live = live.saturating_add(estimate.bytes);
@@ -219,10 +221,12 @@ impl<'a> Session<'a> {
         if began < self.next_fold || fold::foldable(&self.watch.lives) <= most_kept {
             return Ok(());
         }
-        let filter = self.config.filter;
-        let counting = self.control.counting();
         let now_ns = monotonic_ns();
-        fold::fold(&mut self.watch, &mut self.sites, &mut self.groups, counting, filter, now_ns)?;
+        let (mode, counting) = (self.control.mode(now_ns), self.control.counting().at(now_ns));
+        // A recording has all: it can be reported from with any filter.
+        let least_bytes = if self.records { 0 } else { self.config.filter.min_size_bytes };
+        let counts = |kind, size_bytes| !mode.lists(kind) || size_bytes >= least_bytes;
+        fold::fold(&mut self.watch, &mut self.sites, &mut self.groups, counting, counts)?;
         // A walk takes as long as there are blocks of others: no more than a twentieth of the time.
         self.next_fold = Instant::now() + began.elapsed() * 20;
         Ok(())
@@ -238,11 +242,15 @@ impl<'a> Session<'a> {
         if self.config.quiet && !matches!(output.kind, OutputKind::Recording(_)) {
             return Ok(ControlFlow::Continue(()));
         }
-        let profile = self.profile(false, monotonic_ns())?;
+        let now_ns = monotonic_ns();
         if let OutputKind::Recording(writer) = &mut output.kind {
-            writer.snapshot(&profile)?;
+            writer.snapshot(&self.profile(false, now_ns, BlockFilter::default())?)?;
         }
-        if !self.config.quiet && !self.print(&profile)? && matches!(output.kind, OutputKind::None) {
+        if self.config.quiet {
+            return Ok(ControlFlow::Continue(()));
+        }
+        let profile = self.profile(false, now_ns, self.config.filter)?;
+        if !self.print(&profile)? && matches!(output.kind, OutputKind::None) {
             return Ok(ControlFlow::Break(()));
         }
         Ok(ControlFlow::Continue(()))
@@ -271,15 +279,20 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn profile(&mut self, finished: bool, now_ns: u64) -> Result<Profile, SessionError> {
+    fn profile(
+        &mut self,
+        finished: bool,
+        now_ns: u64,
+        filter: BlockFilter,
+    ) -> Result<Profile, SessionError> {
         let watch = &mut self.watch;
         watch.listed = watch.lives.len();
-        let mode = self.control.mode();
+        let mode = self.control.mode(now_ns);
         let survivors = self.control.survivors(watch, &mut self.sites, now_ns)?;
         let view = View {
             mode,
-            counting: self.control.counting(),
-            filter: self.config.filter,
+            counting: self.control.counting().at(now_ns),
+            filter,
             survivors: &survivors.sites,
         };
         let mut census =
@@ -356,9 +369,10 @@ impl<'a> Session<'a> {
         if let Some(one_in) = self.config.method.page_interval() {
             self.watch.compare_with_the_kernels_account(one_in);
         }
-        let mut profile = self.profile(true, now_ns)?;
         let filter = self.config.filter;
-        let mode = self.control.mode();
+        let in_recording = if self.records { BlockFilter::default() } else { filter };
+        let mut profile = self.profile(true, now_ns, in_recording)?;
+        let mode = self.control.mode(now_ns);
         let listed = |kind| mode.lists(kind);
         let outstanding = self.sites.outstanding(
             &listed,
@@ -390,6 +404,9 @@ impl<'a> Session<'a> {
                 file.write(format, &profile, &options)?;
             }
             OutputKind::None => {}
+        }
+        if in_recording != filter {
+            profile = Profile { finished: true, ..self.profile(false, now_ns, filter)? };
         }
         let printed = self.print(&profile);
         self.watch.modules.save();

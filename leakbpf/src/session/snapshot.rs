@@ -215,8 +215,8 @@ impl Sites {
         let mut outstanding = self.outstanding(&shown, kernel, lives, by_owner, now_ns)?;
         while let Some(entry) = outstanding.next() {
             let block = entry?;
-            if filter.keeps(block.size_bytes, block.age_ns) {
-                let site = outstanding.sites.entry(&mut counters, block.site);
+            let site = outstanding.sites.entry(&mut counters, block.site);
+            if !mode.lists(site.kind) || filter.keeps(block.size_bytes, block.age_ns) {
                 let born_ns = now_ns.saturating_sub(block.age_ns);
                 site.hold(counting.estimate(site.kind, block.size_bytes, born_ns), block.age_ns);
             }

@@ -230,7 +230,8 @@ fn answer(question: &Question) -> Result<()> {
                 .iter()
                 .map(|workload| soak::run(workload, *minutes, *unwatched, &arguments))
                 .collect();
-            ("soak", !dry_run, tables?.join("\n"))
+            let whole = !dry_run && only.len() == 1 && *minutes >= 60;
+            ("soak", whole, tables?.join("\n"))
         }
         Question::LoadMemcached { .. } => return Ok(()),
     };
