@@ -31,9 +31,9 @@ pub trait Books {
     /// Takes a block out.
     fn take(&mut self, key: &BlockKey) -> Option<Block>;
     /// Adds an allocation to its site.
-    fn allocated(&mut self, owner: Owner, block: &Block);
+    fn allocated(&mut self, key: &BlockKey, block: &Block);
     /// Adds a release to the site that had allocated.
-    fn freed(&mut self, owner: Owner, block: &Block);
+    fn freed(&mut self, key: &BlockKey, block: &Block);
     fn lost(&mut self, loss: Loss);
     fn tally(&mut self, tally: Tally);
     /// Reads a word of the current process's memory.
@@ -238,7 +238,7 @@ fn put_back(books: &mut impl Books, owner: Owner, call: &InFlight) {
             Err(NotPut::Full) => Loss::BlocksFull,
         };
         books.lost(loss);
-        books.freed(owner, &call.old);
+        books.freed(&key, &call.old);
     }
 }
 
@@ -384,6 +384,7 @@ fn settle(
         return None;
     }
     let cookie = Cookie::unpack(call.cookie)?;
+    let old_key = BlockKey { owner, address: call.pointer };
     let birth = |address| {
         let sampled = call.chosen == Choice::Sampled as u32;
         let birth = Birth { owner, address, size_bytes: call.size_bytes, sampled };
@@ -414,7 +415,7 @@ fn settle(
             let released = result != 0 || call.size_bytes == 0 || cookie.frees_on_failure;
             if released {
                 if call.aside != 0 {
-                    books.freed(owner, &call.old);
+                    books.freed(&old_key, &call.old);
                 }
             } else {
                 put_back(books, owner, call);
@@ -429,7 +430,7 @@ fn settle(
             // The result counts the allocator's rounding, too.
             let size_bytes = result.min(call.size_bytes.saturating_add(call.extra_bytes));
             if call.aside != 0 {
-                books.freed(owner, &call.old);
+                books.freed(&old_key, &call.old);
             }
             if books.sampling().interval_bytes != 0 {
                 // A block of another size stands for others, and is chosen anew.
@@ -439,7 +440,7 @@ fn settle(
             }
             if call.aside != 0 {
                 let old = Block { size_bytes, ..call.old };
-                books.allocated(owner, &old);
+                books.allocated(&old_key, &old);
                 let resized = InFlight { old, ..*call };
                 put_back(books, owner, &resized);
             }
@@ -459,7 +460,7 @@ pub fn born(books: &mut impl Books, birth: &Birth, stack: StackId, now_ns: u64) 
         Put::New => {}
         Put::Replaced(ghost) => {
             books.lost(Loss::FreesMissed);
-            books.freed(birth.owner, &ghost);
+            books.freed(&key, &ghost);
         }
         // What is not in the books is not in the counters either: they must agree.
         Put::Full => {
@@ -467,7 +468,7 @@ pub fn born(books: &mut impl Books, birth: &Birth, stack: StackId, now_ns: u64) 
             return;
         }
     }
-    books.allocated(birth.owner, &block);
+    books.allocated(&key, &block);
 }
 
 /// A block of `owner` is about to be released. `thread` is absent when the thread never allocated.
@@ -484,7 +485,7 @@ pub fn free(thread: Option<&mut ThreadState>, books: &mut impl Books, owner: Own
     }
     let key = BlockKey { owner, address: call.pointer };
     match books.take(&key) {
-        Some(block) => books.freed(owner, &block),
+        Some(block) => books.freed(&key, &block),
         None => unknown_free(books),
     }
 }

@@ -144,6 +144,10 @@ fn begin(ctx: &ProbeContext) -> Option<()> {
 #[inline(always)]
 fn release(ctx: &ProbeContext) -> Option<()> {
     let sampling = maps::counting_calls()?;
+    let call = call(ctx, cookie(ctx)?);
+    if sampling.interval_bytes != 0 && !maps::may_be_recorded(call.pointer) {
+        return None;
+    }
     let pid_tgid = bpf_get_current_pid_tgid();
     // SAFETY: only the thread itself writes its state.
     let thread = THREADS.get_ptr_mut(pid_tgid).map(|state| unsafe { &mut *state });
@@ -151,7 +155,6 @@ fn release(ctx: &ProbeContext) -> Option<()> {
         Some(thread) => thread.owner,
         None => processes::watched((pid_tgid >> 32) as u32)?.owner,
     };
-    let call = call(ctx, cookie(ctx)?);
     ledger::free(thread, &mut KernelBooks::new(sampling), owner, &call);
     Some(())
 }

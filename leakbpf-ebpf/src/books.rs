@@ -39,6 +39,21 @@ impl KernelBooks {
         }
     }
 
+    /// Adds to the blocks that are recorded at an address; `u32::MAX` takes one away.
+    #[inline(always)]
+    fn count_recorded(&self, address: u64, change: u32) {
+        if settings::get(&settings::MAY_SAMPLE) != 0
+            && let Some(count) = maps::recorded_at(address)
+        {
+            // SAFETY: a field of a live map value, 4-byte aligned.
+            unsafe {
+                core::intrinsics::atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(
+                    count, change,
+                );
+            }
+        }
+    }
+
     /// Spares the look-up of a site that the capture has just looked up.
     #[inline(always)]
     pub fn remember(&mut self, captured: &Captured) {
@@ -71,7 +86,7 @@ impl Books for KernelBooks {
                     (Err(_), ghost) => {
                         // Another CPU was quicker to take the room that the ghost left.
                         if let Some(ghost) = ghost {
-                            self.freed(key.owner, &ghost);
+                            self.freed(key, &ghost);
                         }
                         Put::Full
                     }
@@ -100,8 +115,9 @@ impl Books for KernelBooks {
     }
 
     #[inline(always)]
-    fn allocated(&mut self, owner: Owner, block: &Block) {
-        let stack = block.stack;
+    fn allocated(&mut self, key: &BlockKey, block: &Block) {
+        self.count_recorded(key.address, 1);
+        let (owner, stack) = (key.owner, block.stack);
         let site = match self.site {
             Some((known, site)) if known == stack => Some(site),
             _ => {
@@ -124,8 +140,9 @@ impl Books for KernelBooks {
     }
 
     #[inline(always)]
-    fn freed(&mut self, owner: Owner, block: &Block) {
-        if let Some(site) = SITES.get_ptr_mut(SiteKey { owner, stack: block.stack }) {
+    fn freed(&mut self, key: &BlockKey, block: &Block) {
+        self.count_recorded(key.address, u32::MAX);
+        if let Some(site) = SITES.get_ptr_mut(SiteKey { owner: key.owner, stack: block.stack }) {
             // SAFETY: field addresses of a live map value.
             unsafe {
                 let weight = self.weight(block);

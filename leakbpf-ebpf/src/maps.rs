@@ -25,6 +25,13 @@ pub static BLOCKS: HashMap<BlockKey, Block> = HashMap::with_max_entries(1 << 21,
 pub static SITES: HashMap<SiteKey, SiteCounters> =
     HashMap::with_max_entries(1 << 18, BPF_F_NO_PREALLOC);
 
+/// How many recorded blocks are at the addresses of a hash: what is at none needs no look into the
+/// other maps. Kept only where blocks may be sampled; blocks that the agent drops stay counted.
+#[map]
+pub static RECORDED: Array<u32> = Array::with_max_entries(RECORDED_HASHES, 0);
+
+pub const RECORDED_HASHES: u32 = 1 << 16;
+
 /// Keyed by `pid_tgid`.
 #[map]
 pub static THREADS: HashMap<u64, ThreadState> =
@@ -240,4 +247,21 @@ pub fn counting() -> Option<Sampling> {
 fn sampling(control: &Control) -> Sampling {
     // What is known when a program is loaded costs nothing when it runs.
     if settings::get(&settings::MAY_SAMPLE) == 0 { Sampling::NONE } else { control.sampling }
+}
+
+/// Where [`RECORDED`] counts an address (Fibonacci hashing: Knuth, TAOCP 3, 6.4).
+#[inline(always)]
+pub fn recorded_at(address: u64) -> Option<*mut u32> {
+    let hash = address.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48;
+    RECORDED.get_ptr_mut(hash as u32)
+}
+
+/// Whether a recorded block may be at an address.
+#[inline(always)]
+pub fn may_be_recorded(address: u64) -> bool {
+    match recorded_at(address) {
+        // SAFETY: a value of a live array map; others add to it at the same time.
+        Some(count) => unsafe { core::ptr::read_volatile(count) != 0 },
+        None => true,
+    }
 }

@@ -25,6 +25,8 @@ pub struct HostBooks {
     /// Words of the program's memory; others cannot be read.
     pub memory: HashMap<u64, u64>,
     pub sampling: Sampling,
+    /// Allocations that were not released, by address: as the kernel side's filter counts them.
+    pub recorded: BTreeMap<u64, i64>,
     /// Sites count blocks in units of 2^-`COUNT_SHIFT`.
     pub in_fractions: bool,
     pub seed: u64,
@@ -57,6 +59,18 @@ impl HostBooks {
         };
         let sites = self.sites.iter().map(|(&key, site)| (key, live(site)));
         sites.filter(|&(_, live)| live != (0, 0)).collect()
+    }
+
+    /// What is in the books, or held aside, is what was allocated and not released, address by
+    /// address. Nothing may be in flight.
+    pub fn assert_filter_is_exact(&self) {
+        let mut blocks = BTreeMap::<u64, i64>::new();
+        for key in self.blocks.keys() {
+            *blocks.entry(key.address).or_default() += 1;
+        }
+        let recorded: BTreeMap<u64, i64> =
+            self.recorded.iter().map(|(&at, &count)| (at, count)).filter(|it| it.1 != 0).collect();
+        assert_eq!(recorded, blocks);
     }
 
     pub fn any_number(&mut self) -> u32 {
@@ -107,16 +121,18 @@ impl Books for HostBooks {
         self.blocks.remove(key)
     }
 
-    fn allocated(&mut self, owner: Owner, block: &Block) {
+    fn allocated(&mut self, key: &BlockKey, block: &Block) {
+        *self.recorded.entry(key.address).or_default() += 1;
         let weight = self.weight(block);
-        let (bytes, count) = &mut self.site(owner, block.stack).allocated;
+        let (bytes, count) = &mut self.site(key.owner, block.stack).allocated;
         *bytes += weight.bytes;
         *count += weight.count;
     }
 
-    fn freed(&mut self, owner: Owner, block: &Block) {
+    fn freed(&mut self, key: &BlockKey, block: &Block) {
+        *self.recorded.entry(key.address).or_default() -= 1;
         let weight = self.weight(block);
-        let (bytes, count) = &mut self.site(owner, block.stack).freed;
+        let (bytes, count) = &mut self.site(key.owner, block.stack).freed;
         *bytes += weight.bytes;
         *count += weight.count;
     }

@@ -205,6 +205,7 @@ impl World {
                 }
             }
         }
+        self.books.assert_filter_is_exact();
     }
 
     /// The books against the truth: block by block, site by site, loss by loss.

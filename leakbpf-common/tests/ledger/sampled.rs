@@ -215,6 +215,7 @@ fn blocks_from_before_the_samples_stand_for_themselves() {
             .iter()
             .fold((0, 0), |(bytes, count), weight| (bytes + weight.bytes, count + weight.count));
         assert_eq!(program.books.live().into_values().collect::<Vec<_>>(), [live]);
+        program.books.assert_filter_is_exact();
     }
     assert!((bytes / true_bytes - 1.0).abs() < 0.02, "{}", bytes / true_bytes);
     assert!((count / true_count - 1.0).abs() < 0.1, "{}", count / true_count);

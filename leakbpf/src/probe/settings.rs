@@ -65,8 +65,11 @@ impl Settings {
             .override_global("PAGE_LIMIT", &page_limit, true)
             .override_global("EVENT_FLAGS", &event_flags, true)
             .override_global("MAY_SAMPLE", &may_sample, true)
-            .map_max_entries("BLOCKS", self.max_blocks)
-            .load(object)
+            .map_max_entries("BLOCKS", self.max_blocks);
+        if !self.may_sample {
+            loader.map_max_entries("RECORDED", 1);
+        }
+        loader.load(object)
     }
 }
 
