@@ -252,7 +252,8 @@ fn sampling(control: &Control) -> Sampling {
 /// Where [`RECORDED`] counts an address (Fibonacci hashing: Knuth, TAOCP 3, 6.4).
 #[inline(always)]
 pub fn recorded_at(address: u64) -> Option<*mut u32> {
-    let hash = address.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48;
+    const SHIFT: u32 = u64::BITS - RECORDED_HASHES.trailing_zeros();
+    let hash = address.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> SHIFT;
     RECORDED.get_ptr_mut(hash as u32)
 }
 

@@ -38,10 +38,6 @@ impl Counting {
         Self { sampling: Sampling { since_ns, ..self.sampling }, ..self }
     }
 
-    pub const fn sampling(self) -> Sampling {
-        self.sampling
-    }
-
     pub const fn samples(self) -> bool {
         self.sampling.interval_bytes != 0
     }
