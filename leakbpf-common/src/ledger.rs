@@ -7,7 +7,8 @@
 //!   the allocator has given it away, so that no other thread can be confused with this one;
 //! - `realloc` takes the old block aside and puts it back when the call failed;
 //! - a call that never returned (`longjmp`, an exception) is recognised by its stack pointer;
-//! - where blocks are sampled, the choice is made when the call begins, by its size.
+//! - where blocks are sampled, the choice is made when the call begins, by its size; a call whose block
+//!   is not chosen need not be seen to return, when its function calls no other that is probed.
 
 use crate::{
     abi::{Block, BlockKey, Cookie, Loss, MAX_IN_FLIGHT, Owner, Role, SizeRule, StackId, Tally},
@@ -92,6 +93,23 @@ pub enum Choice {
     Sampled = 2,
 }
 
+/// A call that may have returned since: nobody waits for that.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Unwatched {
+    /// At the function's entry, pointing to the return address; 0 when there is none.
+    pub stack_pointer: u64,
+    pub return_address: u64,
+}
+
+/// Whether a call has to be seen to return.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Return {
+    Watched,
+    /// Seeing it changes nothing.
+    Unwatched,
+}
+
 /// A thread's calls in flight; the value of the thread map.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,11 +120,13 @@ pub struct ThreadState {
     pub depth: u64,
     /// Bytes until the next block that is chosen: see [`sampling::choose`].
     pub until_sample: u64,
+    /// The last call whose return nobody waits for.
+    pub unwatched: Unwatched,
     pub calls: [InFlight; MAX_IN_FLIGHT],
 }
 
 const _: () = assert!(size_of::<InFlight>() == 80);
-const _: () = assert!(size_of::<ThreadState>() == 24 + 80 * MAX_IN_FLIGHT);
+const _: () = assert!(size_of::<ThreadState>() == 40 + 80 * MAX_IN_FLIGHT);
 const _: () = assert!(MAX_IN_FLIGHT.is_power_of_two());
 
 impl Default for ThreadState {
@@ -150,7 +170,8 @@ impl ThreadState {
             aside: 0,
             chosen: 0,
         };
-        Self { owner, depth: 0, until_sample: 0, calls: [NONE; MAX_IN_FLIGHT] }
+        let unwatched = Unwatched { stack_pointer: 0, return_address: 0 };
+        Self { owner, depth: 0, until_sample: 0, unwatched, calls: [NONE; MAX_IN_FLIGHT] }
     }
 
     /// The slot of the innermost call, in a form that the BPF verifier can bound.
@@ -186,6 +207,23 @@ impl ThreadState {
             self.abandon(books);
         }
         false
+    }
+
+    /// Whether an allocator's function is running now, as far as can be told without its return.
+    #[inline(always)]
+    pub fn is_inside(
+        &self,
+        stack_pointer: u64,
+        read_word: impl FnOnce(u64) -> Option<u64>,
+    ) -> bool {
+        if self.depth != 0 {
+            return true;
+        }
+        // Whatever its caller calls next puts another return address there.
+        let Unwatched { stack_pointer: entry, return_address } = self.unwatched;
+        stack_pointer < entry
+            && entry - stack_pointer < NESTING_BYTES
+            && read_word(entry) == Some(return_address)
     }
 
     /// Forgets the innermost call: it will not return. A block that it held aside is still the
@@ -244,9 +282,9 @@ fn put_back(books: &mut impl Books, owner: Owner, call: &InFlight) {
 
 /// An allocation, reallocation or resize begins.
 #[inline(always)]
-pub fn enter(thread: &mut ThreadState, books: &mut impl Books, call: &Call) {
+pub fn enter(thread: &mut ThreadState, books: &mut impl Books, call: &Call) -> Return {
     if thread.nested(books, call.stack_pointer) {
-        return;
+        return Return::Unwatched;
     }
     if thread.depth >= MAX_IN_FLIGHT as u64 {
         books.lost(Loss::InFlightFull);
@@ -257,6 +295,17 @@ pub fn enter(thread: &mut ThreadState, books: &mut impl Books, call: &Call) {
         SizeRule::Product => overflowing_product(call.size, call.second_size),
         SizeRule::Sum => (call.size, true),
     };
+    // Of what is resized in place, the size is known at its end.
+    let chosen = if call.cookie.role == Role::ResizeInPlace {
+        Choice::Certain
+    } else {
+        choose(&mut thread.until_sample, books, size_bytes)
+    };
+    if chosen == Choice::Not && call.cookie.calls_no_other {
+        let return_address = books.read_word(call.stack_pointer).unwrap_or(0);
+        thread.unwatched = Unwatched { stack_pointer: call.stack_pointer, return_address };
+        return Return::Unwatched;
+    }
     let return_address = if call.cookie.returns_unprobed {
         books.read_word(call.stack_pointer).unwrap_or(0)
     } else {
@@ -275,12 +324,7 @@ pub fn enter(thread: &mut ThreadState, books: &mut impl Books, call: &Call) {
             None => unknown_free(books),
         }
     }
-    // Of what is resized in place, the size is known at its end.
-    let chosen = if call.cookie.role == Role::ResizeInPlace {
-        Choice::Certain
-    } else {
-        choose(&mut thread.until_sample, books, size_bytes)
-    };
+    thread.unwatched.stack_pointer = 0;
     thread.depth += 1;
     let slot = thread.innermost();
     let entry = &mut thread.calls[slot];
@@ -296,6 +340,7 @@ pub fn enter(thread: &mut ThreadState, books: &mut impl Books, call: &Call) {
     entry.old = old;
     entry.aside = aside;
     entry.chosen = chosen as u32;
+    Return::Watched
 }
 
 #[inline(always)]

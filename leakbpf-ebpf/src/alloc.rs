@@ -1,19 +1,21 @@
 //! Uprobes on allocator functions. What a function does and where its operands are is in the
-//! attach cookie, so four programs serve every allocator.
+//! attach cookie, so few programs serve every allocator.
+
+use core::ffi::c_void;
 
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{BPF_NOEXIST, pt_regs},
     helpers::{
-        bpf_get_attach_cookie, bpf_get_current_pid_tgid, bpf_ktime_get_ns, bpf_probe_read_kernel,
-        bpf_probe_read_user,
+        bpf_get_attach_cookie, bpf_get_current_pid_tgid, bpf_get_func_ip, bpf_ktime_get_ns,
+        bpf_probe_read_kernel, bpf_probe_read_user,
     },
     macros::{uprobe, uretprobe},
     programs::{ProbeContext, RetProbeContext},
 };
 use leakbpf_common::{
     abi::{Cookie, Loss, Owner, RegisterSlot},
-    ledger::{self, Call, ThreadState},
+    ledger::{self, Call, Return, ThreadState},
     unwind::Registers,
 };
 
@@ -35,6 +37,33 @@ pub fn alloc_enter(ctx: ProbeContext) -> u32 {
     0
 }
 
+/// An allocation, reallocation or resize begins, or returns: a session of uprobes (Linux 6.13,
+/// `uprobe_multi_link_handler`), in which the beginning decides whether there is a probe at the end.
+///
+/// aya's `uprobe` would return 0 whatever this returns.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "uprobe")]
+pub extern "C" fn alloc_call(ctx: *mut c_void) -> u32 {
+    const NO_PROBE_AT_THE_END: u32 = 1;
+    kernel_stack::keep();
+    let ctx = ProbeContext::new(ctx);
+    // SAFETY: the context is a uprobe's.
+    let (place, probed) = unsafe { ((*ctx.regs).rip, bpf_get_func_ip(ctx.as_ptr())) };
+    if place != probed {
+        meter::run(|| {
+            if settings::get(&settings::MAY_SAMPLE) != 0 && cookie(&ctx)?.calls_no_other {
+                meter::spared_by_sampling();
+            }
+            finish(ctx.regs)
+        });
+        return 0;
+    }
+    match meter::run(|| begin(&ctx)) {
+        Some(Return::Watched) => 0,
+        Some(Return::Unwatched) | None => NO_PROBE_AT_THE_END,
+    }
+}
+
 /// A block is about to be released.
 #[uprobe]
 pub fn free_enter(ctx: ProbeContext) -> u32 {
@@ -47,7 +76,7 @@ pub fn free_enter(ctx: ProbeContext) -> u32 {
 #[uretprobe]
 pub fn alloc_leave(ctx: RetProbeContext) -> u32 {
     kernel_stack::keep();
-    meter::run(|| finish(&ctx));
+    meter::run(|| finish(ctx.regs));
     0
 }
 
@@ -133,12 +162,11 @@ fn cookie(ctx: &ProbeContext) -> Option<Cookie> {
 }
 
 #[inline(always)]
-fn begin(ctx: &ProbeContext) -> Option<()> {
+fn begin(ctx: &ProbeContext) -> Option<Return> {
     let sampling = maps::counting_calls()?;
     let thread = thread_state(bpf_get_current_pid_tgid())?;
     let call = call(ctx, cookie(ctx)?);
-    ledger::enter(thread, &mut KernelBooks::new(sampling), &call);
-    Some(())
+    Some(ledger::enter(thread, &mut KernelBooks::new(sampling), &call))
 }
 
 #[inline(always)]
@@ -160,7 +188,7 @@ fn release(ctx: &ProbeContext) -> Option<()> {
 }
 
 /// How a call ended.
-struct Return {
+struct Ended {
     result: u64,
     /// At the function's entry.
     stack_pointer: u64,
@@ -169,11 +197,11 @@ struct Return {
 }
 
 #[inline(always)]
-fn finish(ctx: &RetProbeContext) -> Option<()> {
+fn finish(regs: *const pt_regs) -> Option<()> {
     settle(|| {
         // SAFETY: the context is the program's. The return has popped the return address.
-        let regs = unsafe { &*ctx.regs };
-        Some(Return {
+        let regs = unsafe { &*regs };
+        Some(Ended {
             result: regs.rax,
             stack_pointer: regs.rsp.wrapping_sub(8),
             registers: Registers { ip: regs.rip, sp: regs.rsp, bp: regs.rbp, after_call: 1 },
@@ -186,7 +214,7 @@ fn finish_in_place(ctx: &ProbeContext) -> Option<()> {
     settle(|| {
         // SAFETY: the context is the program's.
         let regs = unsafe { &*ctx.regs };
-        Some(Return {
+        Some(Ended {
             result: regs.rax,
             stack_pointer: regs.rsp,
             registers: Registers {
@@ -201,7 +229,7 @@ fn finish_in_place(ctx: &ProbeContext) -> Option<()> {
 }
 
 #[inline(always)]
-fn settle(ended: impl FnOnce() -> Option<Return>) -> Option<()> {
+fn settle(ended: impl FnOnce() -> Option<Ended>) -> Option<()> {
     let sampling = maps::counting_calls()?;
     let pid_tgid = bpf_get_current_pid_tgid();
     let thread = THREADS.get_ptr_mut(pid_tgid)?;
@@ -210,7 +238,7 @@ fn settle(ended: impl FnOnce() -> Option<Return>) -> Option<()> {
     if thread.depth == 0 {
         return None;
     }
-    let Return { result, stack_pointer, registers } = ended()?;
+    let Ended { result, stack_pointer, registers } = ended()?;
     if settings::get(&settings::MAY_SAMPLE) != 0 && ledger::leave_unseen(thread, stack_pointer) {
         return None;
     }

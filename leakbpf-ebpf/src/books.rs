@@ -7,7 +7,7 @@ use aya_ebpf::{
     helpers::{bpf_get_prandom_u32, bpf_probe_read_user},
 };
 use leakbpf_common::{
-    abi::{Block, BlockKey, Loss, Owner, SiteCounters, SiteKey, StackId, Tally},
+    abi::{Block, BlockKey, Loss, SiteCounters, SiteKey, StackId, Tally},
     ledger::{Books, NotPut, Put},
     sampling::{Sampling, Weight},
 };

@@ -4,7 +4,8 @@
 use aya_ebpf::{
     bindings::pt_regs,
     helpers::{
-        bpf_get_current_pid_tgid, bpf_get_current_task_btf, bpf_probe_read_kernel, bpf_task_pt_regs,
+        bpf_get_current_pid_tgid, bpf_get_current_task_btf, bpf_probe_read_kernel, bpf_probe_read_user,
+        bpf_task_pt_regs,
     },
     macros::{fentry, fexit, tracepoint},
     programs::{FEntryContext, FExitContext, TracePointContext},
@@ -61,10 +62,13 @@ struct Change {
 }
 
 #[inline(always)]
-fn report(pid_tgid: u64, process: &ProcessState, change: Change) {
+fn report(pid_tgid: u64, process: &ProcessState, stack_pointer: u64, change: Change) {
     // SAFETY: without preallocation the element is not reused before this program ends.
     let inside_allocator = match unsafe { THREADS.get(pid_tgid) } {
-        Some(thread) => u32::from(thread.depth != 0),
+        Some(thread) => u32::from(thread.is_inside(stack_pointer, |address| {
+            // SAFETY: the helper checks the address and fails on what it cannot read.
+            unsafe { bpf_probe_read_user(address as *const u64) }.ok()
+        })),
         None => 0,
     };
     processes::send(&MappingRecord {
@@ -197,6 +201,7 @@ fn map_ends(regs: *const pt_regs, result: i64) -> Option<()> {
     report(
         pid_tgid,
         &process,
+        regs.rsp,
         Change {
             change: MappingChange::Map,
             address: regs.rdi,
@@ -229,6 +234,7 @@ fn unmapped(regs: *const pt_regs, change: MappingChange, result: i64) -> Option<
     report(
         pid_tgid,
         &process,
+        regs.rsp,
         Change {
             change,
             address: regs.rdi,
@@ -248,6 +254,7 @@ fn remap_begins(regs: *const pt_regs) -> Option<()> {
     report(
         pid_tgid,
         &process,
+        regs.rsp,
         Change {
             change: MappingChange::RemapBegin,
             address: regs.rdi,
@@ -272,6 +279,7 @@ fn remap_ends(regs: *const pt_regs, result: i64) -> Option<()> {
     report(
         pid_tgid,
         &process,
+        regs.rsp,
         Change {
             change: MappingChange::RemapEnd,
             address: regs.rdi,
@@ -292,6 +300,7 @@ fn break_ends(regs: *const pt_regs, result: i64) -> Option<()> {
     report(
         pid_tgid,
         &process,
+        regs.rsp,
         Change {
             change: MappingChange::Break,
             address: regs.rdi,

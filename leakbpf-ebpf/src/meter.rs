@@ -7,11 +7,21 @@ use crate::maps::COSTS;
 
 /// Runs a program's work.
 #[inline(always)]
-pub fn run(work: impl FnOnce() -> Option<()>) {
+pub fn run<T>(work: impl FnOnce() -> Option<T>) -> Option<T> {
     let began_ns = begin();
-    let _ = work();
+    let result = work();
     if began_ns != 0 {
         end(began_ns);
+    }
+    result
+}
+
+/// This run would be spared if blocks were sampled.
+#[inline(always)]
+pub fn spared_by_sampling() {
+    if let Some(cost) = COSTS.get_ptr_mut(0) {
+        // SAFETY: as in `begin`.
+        unsafe { (*cost).spared_by_sampling += 1 };
     }
 }
 

@@ -3,7 +3,7 @@
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use leakbpf::{probe::settings::Links, profile::Mode};
+use leakbpf::{probe::settings::Links, profile::Mode, session::floor::Sites};
 use leakbpf_common::sampling;
 
 #[derive(Debug, Parser)]
@@ -171,9 +171,9 @@ pub struct UnwindArgs {
 pub struct BenchFloorArgs {
     #[arg(short = 'p', long = "pid", value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
     pub pid: u32,
-    /// Place at the functions' first instructions, as other tools do
-    #[arg(long)]
-    pub naive: bool,
+    /// Where the probes are placed
+    #[arg(long, value_enum, default_value_t = SitesArg::Session)]
+    pub sites: SitesArg,
     /// What holds the probes
     #[arg(long, value_enum, default_value_t = LinksArg::Many)]
     pub links: LinksArg,
@@ -220,6 +220,26 @@ impl From<LinksArg> for Links {
         match argument {
             LinksArg::Many => Self::Many,
             LinksArg::Single => Self::Single,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum SitesArg {
+    /// Where a session would place its own
+    Session,
+    /// The same, without the returns that a block needs not that is not chosen
+    Unchosen,
+    /// At the functions' first instructions, as other tools do
+    First,
+}
+
+impl From<SitesArg> for Sites {
+    fn from(argument: SitesArg) -> Self {
+        match argument {
+            SitesArg::Session => Self::Session,
+            SitesArg::Unchosen => Self::Unchosen,
+            SitesArg::First => Self::First,
         }
     }
 }

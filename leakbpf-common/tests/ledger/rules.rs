@@ -2,7 +2,8 @@
 
 use leakbpf_common::{
     abi::{Block, BlockKey, Cookie, Loss, MAX_IN_FLIGHT, Owner, Role, SizeRule, StackId, Tally},
-    ledger::{self, Call, NESTING_BYTES, ThreadState, UNWOUND_BYTES},
+    ledger::{self, Call, NESTING_BYTES, Return, ThreadState, UNWOUND_BYTES},
+    sampling::Sampling,
 };
 
 use super::{
@@ -220,4 +221,37 @@ fn a_call_that_threw_does_not_hide_the_next_one_of_its_caller() {
         books.blocks.iter().map(|(key, block)| (key.address, block.size_bytes)).collect();
     assert_eq!(blocks, [(0x1000, 10)]);
     assert_eq!(books.count(Tally::AbandonedCalls), 1);
+}
+
+#[test]
+fn an_allocator_is_known_to_run_without_its_return_until_its_caller_calls_something_else() {
+    let (mut thread, mut books) = start();
+    books.sampling = Sampling { interval_bytes: 1 << 30, since_ns: 0 };
+    let cookie = Cookie { calls_no_other: true, ..cookie(Role::Allocate, SizeRule::First, false) };
+    books.memory.insert(STACK, RETURN_ADDRESS);
+    let inside = |thread: &ThreadState, books: &HostBooks, at| {
+        thread.is_inside(at, |address| books.memory.get(&address).copied())
+    };
+    assert!(!inside(&thread, &books, STACK - 100));
+
+    let ends = ledger::enter(&mut thread, &mut books, &call(cookie, STACK, 10, 0));
+    assert_eq!((ends, thread.depth), (Return::Unwatched, 0));
+    // `mmap` for a new heap.
+    assert!(inside(&thread, &books, STACK - 100));
+    // By a function above the caller, and on another stack.
+    assert!(!inside(&thread, &books, STACK + 100));
+    assert!(!inside(&thread, &books, STACK - NESTING_BYTES));
+    // The caller calls `mmap` itself.
+    books.memory.insert(STACK, RETURN_ADDRESS + 16);
+    assert!(!inside(&thread, &books, STACK));
+    assert!(!inside(&thread, &books, STACK - 100));
+
+    // A call whose end is watched is in flight until then.
+    books.sampling = Sampling::NONE;
+    let ends = ledger::enter(&mut thread, &mut books, &call(cookie, STACK, 10, 0));
+    assert_eq!(ends, Return::Watched);
+    assert!(inside(&thread, &books, STACK + 100));
+    leave(&mut thread, &mut books, STACK, 0x1000);
+    books.memory.insert(STACK, RETURN_ADDRESS);
+    assert!(!inside(&thread, &books, STACK - 100));
 }

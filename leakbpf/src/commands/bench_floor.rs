@@ -12,7 +12,7 @@ pub fn run(args: &BenchFloorArgs) -> Result<u8, Failure> {
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
-    let placed = floor::place(args.pid, args.naive, args.links.into())?;
+    let placed = floor::place(args.pid, args.sites.into(), args.links.into())?;
     eprintln!("leakbpf: attached to PID {}: {} probes with empty programs", args.pid, placed.len());
     runtime.block_on(tokio::signal::ctrl_c()).map_err(SessionError::Events)?;
     drop(placed);

@@ -110,27 +110,37 @@ struct MultiLinkArgs {
 
 const _: () = assert!(size_of::<MultiLinkArgs>() == 64);
 
-/// `BPF_TRACE_UPROBE_MULTI`
-pub const UPROBE_MULTI: u32 = 48;
+/// What a program at many places is for; has to be declared when it is loaded, too. Values of
+/// `enum bpf_attach_type`.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    /// To run at a place, or where a function returns (`BPF_TRACE_UPROBE_MULTI`).
+    Place = 48,
+    /// To run at a function's entry and, if it says so there, where it returns
+    /// (`BPF_TRACE_UPROBE_SESSION`, Linux 6.13).
+    Call = 57,
+}
+
 const BPF_F_UPROBE_MULTI_RETURN: u32 = 1;
 
-/// As [`attach`], at many instructions at once. `pid` is the id of a process, not of a thread, and
+/// As [`attach`], at many instructions at once, of a program that is loaded for that. `pid` is the id of a process, not of a thread, and
 /// of one whose first thread lives: the kernel looks for its memory there.
 pub fn attach_multi(
     program: BorrowedFd<'_>,
-    at_return: bool,
+    (purpose, at_return): (Use, bool),
     file: &Path,
     sites: &[Site],
     pid: Option<NonZeroU32>,
 ) -> io::Result<Link> {
     let path = CString::new(file.as_os_str().as_bytes())?;
     let pid = pid.map_or(0, NonZeroU32::get);
-    Ok(Link { _link: link_multi(program, at_return, &path, sites, pid)?, many: true })
+    Ok(Link { _link: link_multi(program, (purpose, at_return), &path, sites, pid)?, many: true })
 }
 
 fn link_multi(
     program: BorrowedFd<'_>,
-    at_return: bool,
+    (purpose, at_return): (Use, bool),
     path: &CStr,
     sites: &[Site],
     pid: u32,
@@ -139,7 +149,7 @@ fn link_multi(
     let cookies: Vec<u64> = sites.iter().map(|site| site.cookie).collect();
     let args = MultiLinkArgs {
         prog_fd: program.as_raw_fd() as u32,
-        attach_type: UPROBE_MULTI,
+        attach_type: purpose as u32,
         path: path.as_ptr() as u64,
         offsets: offsets.as_ptr() as u64,
         cookies: cookies.as_ptr() as u64,
@@ -165,7 +175,7 @@ fn link_multi(
 /// since then they refuse a negative id before they look at the file.
 pub fn multi_is_by_process(program: BorrowedFd<'_>) -> bool {
     let site = [Site { file_offset: 1, cookie: 0 }];
-    let error = link_multi(program, false, c"/", &site, u32::MAX);
+    let error = link_multi(program, (Use::Place, false), c"/", &site, u32::MAX);
     error.is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL))
 }
 

@@ -38,6 +38,12 @@ const NEVER_RETURNING: [&str; 7] = [
 /// Most imports of a file that a function's end is looked for in.
 const MAX_IMPORTS: usize = 1 << 16;
 
+/// Allocators whose functions of these names call none of the others that are probed.
+const CALLS_NO_OTHER: (&[Allocator], &[&str]) = (
+    &[Allocator::Glibc, Allocator::Jemalloc, Allocator::Tcmalloc],
+    &["malloc", "calloc", "mallocx"],
+);
+
 /// How much of a file is searched for the messages of a stripped allocator.
 const MAX_SEARCHED_BYTES: usize = 256 << 20;
 
@@ -395,6 +401,7 @@ impl Planning<'_> {
                 size_rule: function.size_rule,
                 frees_on_failure: function.frees_on_failure,
                 returns_unprobed: !exits.is_empty(),
+                calls_no_other: self.calls_no_other(candidate, function),
                 size: slot(function.size),
                 second_size: slot(function.second_size),
                 pointer: slot(function.pointer),
@@ -508,6 +515,26 @@ impl Planning<'_> {
             function.needs_return(),
         );
         goal.into_inner().filter(|_| reaches)
+    }
+
+    /// Whether no other function that is probed is called from this one. Known of a few functions of
+    /// a few allocators, where it is theirs beyond doubt: nobody else has put one of that name around it.
+    fn calls_no_other(&self, candidate: &Candidate, function: Function) -> bool {
+        let mut allocators = self.names.allocators().into_iter().peekable();
+        let known_allocators = allocators.peek().is_some()
+            && allocators.all(|allocator| CALLS_NO_OTHER.0.contains(&allocator));
+        let plain = |candidate: &Candidate| -> BTreeSet<&'static str> {
+            let names = candidate.names.iter().map(|(_, _, name)| functions::plain(name));
+            names
+                .filter_map(|name| CALLS_NO_OTHER.1.iter().find(|known| **known == name))
+                .copied()
+                .collect()
+        };
+        let names = plain(candidate);
+        let others = || {
+            self.names.candidates.values().filter(|other| !plain(other).is_disjoint(&names)).count()
+        };
+        known_allocators && function.role == Role::Allocate && !names.is_empty() && others() == 1
     }
 
     /// Whether an exception may leave the function. An allocator that is built as C (Debian's

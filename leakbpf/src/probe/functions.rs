@@ -135,6 +135,14 @@ pub fn lookup(symbol: &[u8]) -> Option<Function> {
         .and_then(jemalloc)
 }
 
+/// A name without what the allocator that it belongs to was built to put before it.
+pub fn plain(name: &str) -> &str {
+    ["__libc_", "tc_", "mi_", "je_", "_rjem_", "rjem_", "jemalloc_"]
+        .into_iter()
+        .find_map(|prefix| name.strip_prefix(prefix))
+        .unwrap_or(name)
+}
+
 /// Whether the function of that symbol reports failure by an exception.
 pub fn may_throw(name: &str) -> bool {
     let of_allocator = name.strip_prefix("tc_new").or_else(|| name.strip_prefix("mi_new"));

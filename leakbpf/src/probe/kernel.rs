@@ -24,10 +24,11 @@ use leakbpf_common::{
 
 use super::{
     attach::{
-        Link, Site, attach, attach_multi, attach_page_faults, attach_tracepoint,
+        Link, Site, Use, attach, attach_multi, attach_page_faults, attach_tracepoint,
         multi_is_by_process,
     },
-    fdinfo, program,
+    fdinfo,
+    program::{ProgramError, Programs},
     settings::{Links, Settings},
     tables::Table,
     unwind_maps::UnwindMaps,
@@ -56,6 +57,9 @@ pub enum KernelError {
 pub enum Program {
     AllocEnter,
     AllocLeave,
+    /// `AllocEnter` and `AllocLeave` in one, which can do without the latter for a call: see
+    /// [`Kernel::has_sessions`].
+    AllocCall,
     /// Like `AllocLeave`, at a return instruction.
     AllocExit,
     FreeEnter,
@@ -65,9 +69,10 @@ pub enum Program {
 }
 
 impl Program {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::AllocEnter,
         Self::AllocLeave,
+        Self::AllocCall,
         Self::AllocExit,
         Self::FreeEnter,
         Self::LibrariesChanged,
@@ -80,10 +85,26 @@ impl Program {
         matches!(self, Self::AllocLeave | Self::EmptyLeave)
     }
 
+    const fn purpose(self) -> Use {
+        match self {
+            Self::AllocCall => Use::Call,
+            _ => Use::Place,
+        }
+    }
+
+    /// The programs that do the same, each with a perf event of its own.
+    const fn single(&self) -> &[Self] {
+        match self {
+            Self::AllocCall => &[Self::AllocLeave, Self::AllocEnter],
+            one => std::slice::from_ref(one),
+        }
+    }
+
     const fn name(self) -> &'static str {
         match self {
             Self::AllocEnter => "alloc_enter",
             Self::AllocLeave => "alloc_leave",
+            Self::AllocCall => "alloc_call",
             Self::AllocExit => "alloc_exit",
             Self::FreeEnter => "free_enter",
             Self::LibrariesChanged => "libraries_changed",
@@ -246,7 +267,7 @@ impl Kernel {
             return Ok(kernel);
         }
         if kernel.multi.is_empty() {
-            for program in Program::ALL {
+            for program in Program::ALL.into_iter().filter(|one| one.purpose() == Use::Place) {
                 let name = program.name();
                 kernel.program::<UProbe>(name)?.load().map_err(failed(name))?;
             }
@@ -380,12 +401,19 @@ impl Kernel {
         pid: Option<NonZeroU32>,
     ) -> Placing {
         if let Some(fd) = self.multi.get(&program)
-            && let Ok(link) = attach_multi(fd.as_fd(), program.at_return(), file, sites, pid)
+            && let Ok(link) =
+                attach_multi(fd.as_fd(), (program.purpose(), program.at_return()), file, sites, pid)
         {
             return Placing { links: vec![link], refused: Vec::new() };
         }
         // One of them may be refused, or the process's first thread has ended.
         self.place_single(program, file, sites, pid)
+    }
+
+    /// Whether one program can be placed at a function's entry and return, and say at the entry
+    /// whether it wants to see the return.
+    pub fn has_sessions(&self) -> bool {
+        self.multi.contains_key(&Program::AllocCall)
     }
 
     /// As [`Self::place`], with a link for each.
@@ -398,9 +426,14 @@ impl Kernel {
     ) -> Placing {
         let mut placing = Placing::default();
         for &site in sites {
-            match self.place_one(program, file, site, pid) {
-                Ok(link) => placing.links.push(link),
-                Err(error) => placing.refused.push((site, error)),
+            for &program in program.single() {
+                match self.place_one(program, file, site, pid) {
+                    Ok(link) => placing.links.push(link),
+                    Err(error) => {
+                        placing.refused.push((site, error));
+                        break;
+                    }
+                }
             }
         }
         placing
@@ -468,6 +501,7 @@ impl Kernel {
             .map_err(|error| KernelError::Map { map: "COSTS", source: io::Error::other(error) })?;
         let mut sum = Cost::default();
         for CostEntry(cost) in values.iter() {
+            sum.spared_by_sampling += cost.spared_by_sampling;
             sum.hits += cost.hits;
             sum.timed += cost.timed;
             sum.timed_ns += cost.timed_ns;
@@ -502,18 +536,37 @@ impl Kernel {
 /// The uprobe programs for links to many places. None when the kernel has no such links, or takes
 /// them wrong: then each probe gets its own.
 fn load_multi(ebpf: &Ebpf) -> HashMap<Program, OwnedFd> {
-    let loaded = match program::load(OBJECT, ebpf, &Program::ALL.map(Program::name)) {
+    let loaded = match try_load_multi(ebpf) {
         Ok(loaded) => loaded,
         Err(error) => {
             log::debug!("no links to many places: {}", chain(&error));
             return HashMap::new();
         }
     };
-    if !loaded.first().is_some_and(|program| multi_is_by_process(program.as_fd())) {
+    let any = loaded.get(&Program::EmptyEnter);
+    if !any.is_some_and(|program| multi_is_by_process(program.as_fd())) {
         log::debug!("no links to many places: the kernel limits them to threads");
         return HashMap::new();
     }
-    Program::ALL.into_iter().zip(loaded).collect()
+    loaded
+}
+
+fn try_load_multi(ebpf: &Ebpf) -> Result<HashMap<Program, OwnedFd>, ProgramError> {
+    let programs = Programs::of(OBJECT, ebpf)?;
+    let mut loaded = HashMap::new();
+    for program in Program::ALL {
+        match programs.load(program.name(), program.purpose()) {
+            Ok(fd) => {
+                loaded.insert(program, fd);
+            }
+            // Newer than the others.
+            Err(error) if program.purpose() == Use::Call => {
+                log::debug!("no sessions of uprobes: {}", chain(&error));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(loaded)
 }
 
 /// Runs of a program that the kernel has left out; none are known of one that is not loaded.

@@ -1,5 +1,5 @@
 //! Uprobe programs as links to many places at once need them: loaded with that use declared
-//! (`BPF_TRACE_UPROBE_MULTI`), which aya does not do. They share the maps that it made.
+//! ([`Use`]), which aya does not do. They share the maps that it made.
 
 use std::{
     ffi::CStr,
@@ -10,7 +10,7 @@ use std::{
 use aya::{Ebpf, maps::Map};
 use aya_obj::{Function, Object, btf::BtfFeatures};
 
-use super::attach::{UPROBE_MULTI, owned};
+use super::attach::{Use, owned};
 
 #[derive(Debug, thiserror::Error)]
 pub enum ProgramError {
@@ -28,35 +28,39 @@ pub enum ProgramError {
     Load { name: &'static str, source: io::Error },
 }
 
-/// Loads these programs of an object, in their order, with the maps of `ebpf`, which was made from
-/// the same object.
-pub fn load(
-    object: &[u8],
-    ebpf: &Ebpf,
-    names: &[&'static str],
-) -> Result<Vec<OwnedFd>, ProgramError> {
-    let mut object = Object::parse(object)?;
-    // Kernels that know such programs (6.6) know every kind of type information.
-    let features = BtfFeatures::new(true, true, true, true, true, true, true, true);
-    let types = match object.fixup_and_sanitize_btf(&features)? {
-        Some(types) => Some(load_types(&types.to_bytes()).map_err(ProgramError::LoadTypes)?),
-        None => None,
-    };
-    let text = object.functions.keys().map(|(section, _)| *section).collect();
-    let maps = std::mem::take(&mut object.maps);
-    let known =
-        ebpf.maps().filter_map(|(name, map)| Some((name, descriptor(map)?, maps.get(name)?)));
-    object.relocate_maps(known, &text)?;
-    object.relocate_calls(&text)?;
-    let types = types.as_ref().map(|types| types.as_fd());
-    let load = |&name| {
-        let program = object.programs.get(name).ok_or(ProgramError::Unknown(name))?;
-        let function = object.functions.get(&program.function_key());
+/// An object's programs, ready to be loaded.
+pub struct Programs {
+    object: Object,
+    types: Option<OwnedFd>,
+}
+
+impl Programs {
+    /// Those of an object, with the maps of `ebpf`, which was made from the same one.
+    pub fn of(object: &[u8], ebpf: &Ebpf) -> Result<Self, ProgramError> {
+        let mut object = Object::parse(object)?;
+        // Kernels that know such programs (6.6) know every kind of type information.
+        let features = BtfFeatures::new(true, true, true, true, true, true, true, true);
+        let types = match object.fixup_and_sanitize_btf(&features)? {
+            Some(types) => Some(load_types(&types.to_bytes()).map_err(ProgramError::LoadTypes)?),
+            None => None,
+        };
+        let text = object.functions.keys().map(|(section, _)| *section).collect();
+        let maps = std::mem::take(&mut object.maps);
+        let known =
+            ebpf.maps().filter_map(|(name, map)| Some((name, descriptor(map)?, maps.get(name)?)));
+        object.relocate_maps(known, &text)?;
+        object.relocate_calls(&text)?;
+        Ok(Self { object, types })
+    }
+
+    pub fn load(&self, name: &'static str, purpose: Use) -> Result<OwnedFd, ProgramError> {
+        let program = self.object.programs.get(name).ok_or(ProgramError::Unknown(name))?;
+        let function = self.object.functions.get(&program.function_key());
         let function = function.ok_or(ProgramError::Unknown(name))?;
-        load_program(name, function, &program.license, types)
+        let types = self.types.as_ref().map(|types| types.as_fd());
+        load_program(name, function, &program.license, types, purpose)
             .map_err(|source| ProgramError::Load { name, source })
-    };
-    names.iter().map(load).collect()
+    }
 }
 
 /// Of the kinds of maps that the object has.
@@ -127,13 +131,14 @@ fn load_program(
     function: &Function,
     license: &CStr,
     types: Option<BorrowedFd<'_>>,
+    purpose: Use,
 ) -> io::Result<OwnedFd> {
     let mut args = ProgramArgs {
         prog_type: BPF_PROG_TYPE_KPROBE,
         insn_cnt: function.instructions.len() as u32,
         insns: function.instructions.as_ptr() as u64,
         license: license.as_ptr() as u64,
-        expected_attach_type: UPROBE_MULTI,
+        expected_attach_type: purpose as u32,
         ..ProgramArgs::default()
     };
     // The last byte stays 0.

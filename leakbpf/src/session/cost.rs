@@ -73,7 +73,10 @@ impl Meter {
         let trap = self.trap.as_nanos() as f64;
         let cost = watch.kernel.cost().ok()?;
         let program = program_ns(&cost)?;
-        let spared = (program - trap * UNCHOSEN_IN_TRAPS) * cost.hits as f64 * (1.0 + BEYOND);
+        let gone = cost.spared_by_sampling as f64;
+        let left = cost.hits as f64 - gone;
+        let spared = (program - trap * UNCHOSEN_IN_TRAPS) * left + (program + trap) * gone;
+        let spared = spared * (1.0 + BEYOND);
         Some(1.0 - spared / self.spent_ns(watch).ok()? as f64)
     }
 

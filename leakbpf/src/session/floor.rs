@@ -32,8 +32,18 @@ impl Floor {
     }
 }
 
-/// Places them where a session would, or (`naive`) at the functions' first instructions.
-pub fn place(pid: u32, naive: bool, kind: Links) -> Result<Floor, SessionError> {
+/// Where they are placed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sites {
+    /// Where a session would place its own.
+    Session,
+    /// The same, without the returns that calls need not have whose block is not chosen.
+    Unchosen,
+    /// At the functions' first instructions.
+    First,
+}
+
+pub fn place(pid: u32, sites: Sites, kind: Links) -> Result<Floor, SessionError> {
     let host = host::observe();
     preflight::Report { checks: preflight::host::judge(&host) }.refuse_failures()?;
     let mut kernel = Kernel::load(&Settings {
@@ -65,14 +75,18 @@ pub fn place(pid: u32, naive: bool, kind: Links) -> Result<Floor, SessionError> 
         let (mut leaves, mut enters) = (Vec::new(), Vec::new());
         let site = |file_offset| Site { file_offset, cookie: 0 };
         for probe in &plan.probes {
-            let enter = if naive { probe.entry_file_offset } else { probe.enter_file_offset };
+            let spared = sites == Sites::Unchosen
+                && kernel.has_sessions()
+                && probe.enter_cookie.calls_no_other;
+            let first = sites == Sites::First;
+            let enter = if first { probe.entry_file_offset } else { probe.enter_file_offset };
             let leave = match probe.role {
                 Role::Free => None,
-                _ if naive => Some(probe.entry_file_offset),
-                _ => probe.leave_file_offset,
+                _ if first => Some(probe.entry_file_offset),
+                _ => probe.leave_file_offset.filter(|_| !spared),
             };
             leaves.extend(leave.map(site));
-            enters.extend(probe.exit_file_offsets.iter().filter(|_| !naive).copied().map(site));
+            enters.extend(probe.exit_file_offsets.iter().filter(|_| !first).copied().map(site));
             enters.push(site(enter));
         }
         for (program, sites) in [(Program::EmptyLeave, leaves), (Program::EmptyEnter, enters)] {

@@ -300,6 +300,11 @@ impl Placed {
                     function: probe.function.clone(),
                     alone: false,
                 };
+                let one_place = probe.leave_file_offset == Some(probe.enter_file_offset);
+                if one_place && kernel.has_sessions() {
+                    enters.push(site(Program::AllocCall, probe.enter_file_offset));
+                    continue;
+                }
                 if let Some(offset) = probe.leave_file_offset {
                     leaves.push(site(Program::AllocLeave, offset));
                 }

@@ -18,6 +18,8 @@ use crate::shell;
 pub enum Tracer {
     /// Empty programs where leakbpf would place its own.
     Floor,
+    /// The same, without those that a block needs not that is not chosen.
+    UnchosenFloor,
     /// Empty programs at the functions' first instructions.
     Naive,
     /// leakbpf, counting every block.
@@ -57,7 +59,8 @@ impl Agent {
         let mut command = Command::new(binary());
         match tracer {
             Tracer::Floor => command.args(["bench-floor"]),
-            Tracer::Naive => command.args(["bench-floor", "--naive"]),
+            Tracer::UnchosenFloor => command.args(["bench-floor", "--sites", "unchosen"]),
+            Tracer::Naive => command.args(["bench-floor", "--sites", "first"]),
             Tracer::Exact => {
                 command.args(["record", "--no-cache", "--interval", "1h", "--mode", "exact"])
             }

@@ -27,6 +27,7 @@ const ALLOCATORS: [(&str, Option<&str>); 4] = [
 struct Costs {
     untraced: Samples,
     floor: Samples,
+    unchosen_floor: Samples,
     naive: Samples,
     exact: Samples,
     exact_deep: Samples,
@@ -64,6 +65,7 @@ pub fn run(rounds: usize) -> Result<String> {
         ("floor: empty programs at leakbpf's sites", &glibc.floor),
         ("leakbpf exact", &glibc.exact),
         (deep.as_str(), &glibc.exact_deep),
+        ("floor of a pair that is not chosen", &glibc.unchosen_floor),
         ("leakbpf sample, every 512 KiB", &glibc.sample),
         ("empty programs at the functions' first instructions", &glibc.naive),
         ("heaptrack", heaptrack),
@@ -82,6 +84,8 @@ pub fn run(rounds: usize) -> Result<String> {
         );
     }
     text.push_str(table.text());
+    let of_its_own = ratio(glibc.sample.min(), glibc.unchosen_floor.min());
+    text.push_str(&format!("\n`sample` is {of_its_own} of its own floor.\n"));
 
     text.push_str("\nA pair on each allocator (minimum, nanoseconds):\n\n");
     let mut table = Table::new(&[
@@ -90,8 +94,9 @@ pub fn run(rounds: usize) -> Result<String> {
         "floor",
         "leakbpf exact",
         "exact of floor",
+        "floor, not chosen",
         "leakbpf sample",
-        "sample of floor",
+        "sample of that floor",
         "first instructions, empty",
         "that of exact",
     ]);
@@ -103,8 +108,9 @@ pub fn run(rounds: usize) -> Result<String> {
                 figure(costs.floor.min()),
                 figure(costs.exact.min()),
                 ratio(costs.exact.min(), costs.floor.min()),
+                figure(costs.unchosen_floor.min()),
                 figure(costs.sample.min()),
-                ratio(costs.sample.min(), costs.floor.min()),
+                ratio(costs.sample.min(), costs.unchosen_floor.min()),
                 figure(costs.naive.min()),
                 ratio(costs.naive.min(), costs.exact.min()),
             ],
@@ -119,8 +125,11 @@ fn measure(path: &Path, library: Option<&str>, costs: &mut Costs) -> Result<()> 
     let variable = preload.as_deref().map(|library| ("LD_PRELOAD", library));
     let mut program = Program::start(path, &[], variable)?;
     costs.untraced.push(pair_ns(&mut program, 0)?);
-    for (tracer, samples) in [(Tracer::Floor, &mut costs.floor), (Tracer::Naive, &mut costs.naive)]
-    {
+    for (tracer, samples) in [
+        (Tracer::Floor, &mut costs.floor),
+        (Tracer::UnchosenFloor, &mut costs.unchosen_floor),
+        (Tracer::Naive, &mut costs.naive),
+    ] {
         let agent = Agent::attach(tracer, program.pid(), &[])?;
         samples.push(pair_ns(&mut program, 0)?);
         agent.stop()?;

@@ -100,6 +100,21 @@ fn glibc_is_probed_without_a_single_step() {
 }
 
 #[test]
+fn only_functions_that_are_known_to_call_no_other_are_marked_so() {
+    let marked = |library| {
+        let plan = plan_of(&read(library));
+        let probes = plan.probes.into_iter().filter(|probe| probe.enter_cookie.calls_no_other);
+        probes.map(|probe| probe.function).collect::<BTreeSet<_>>()
+    };
+    let set = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<BTreeSet<_>>();
+    assert_eq!(marked(GLIBC), set(&["malloc", "calloc"]));
+    assert_eq!(marked(JEMALLOC), set(&["malloc", "calloc", "mallocx"]));
+    assert_eq!(marked(TCMALLOC), set(&["malloc", "calloc"]));
+    // Its functions call each other by many names.
+    assert_eq!(marked(MIMALLOC), set(&[]));
+}
+
+#[test]
 fn jemalloc_is_probed_without_a_single_step() {
     let data = read(JEMALLOC);
     let plan = plan_of(&data);
