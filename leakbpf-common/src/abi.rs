@@ -390,6 +390,7 @@ pub enum RecordKind {
     Unmapped = 7,
     CarrierEnded = 8,
     Page = 9,
+    Ended = 10,
 }
 
 /// Head of every ring buffer record.
@@ -562,6 +563,15 @@ pub struct PageRecord {
     pub stack: StackId,
 }
 
+/// The last thread of a process ends.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct EndedRecord {
+    pub head: RecordHead,
+    /// Processor time of all its threads, ever.
+    pub cpu_ns: u64,
+}
+
 pub const UNMAPPED_INTERVAL_NS: u64 = 20_000_000;
 
 const _: () = {
@@ -579,6 +589,7 @@ const _: () = {
     assert!(size_of::<LibrariesRecord>() == 32);
     assert!(size_of::<UnmappedRecord>() == 40);
     assert!(size_of::<PageRecord>() == 40);
+    assert!(size_of::<EndedRecord>() == 32);
 };
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 //! - [`pages`]: pages, when they are touched first
 //! - [`processes`]: fork, exec and the end of threads
 //! - [`stack`]: who called
+//! - [`task`]: what the kernel knows of the current thread
 //! - [`kernel_stack`]: which stack a program runs on
 //! - [`books`]: the accounting rules of `leakbpf_common::ledger` over BPF maps
 #![no_std]
@@ -21,6 +22,7 @@ mod meter;
 mod pages;
 mod processes;
 mod stack;
+mod task;
 
 #[cfg(not(test))]
 #[panic_handler]

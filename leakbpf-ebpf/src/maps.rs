@@ -177,6 +177,22 @@ pub mod settings {
     #[unsafe(no_mangle)]
     pub static INSTANCE_NEXT: u32 = 0;
 
+    /// Byte offset of `signal` in `struct task_struct`; 0 when the kernel does not tell.
+    #[unsafe(no_mangle)]
+    pub static TASK_SIGNAL: u32 = 0;
+    /// Of `group_leader`.
+    #[unsafe(no_mangle)]
+    pub static TASK_LEADER: u32 = 0;
+    /// Of `se.sum_exec_runtime`.
+    #[unsafe(no_mangle)]
+    pub static TASK_RUNTIME: u32 = 0;
+    /// Of `live` in `struct signal_struct`.
+    #[unsafe(no_mangle)]
+    pub static SIGNAL_LIVE: u32 = 0;
+    /// Of `sum_sched_runtime` in `struct signal_struct`.
+    #[unsafe(no_mangle)]
+    pub static SIGNAL_ENDED_RUNTIME: u32 = 0;
+
     /// Differs from session to session, so that no program can be written against the choice of pages.
     #[unsafe(no_mangle)]
     pub static PAGE_SEED: u32 = 0;

@@ -7,14 +7,15 @@ use aya_ebpf::{
     programs::{ProbeContext, TracePointContext},
 };
 use leakbpf_common::abi::{
-    ExecRecord, ForkRecord, LibrariesRecord, Loss, Owner, ProcessState, RecordHead, RecordKind,
-    UNMAPPED_INTERVAL_NS, UnmappedRecord, process_flags,
+    EndedRecord, ExecRecord, ForkRecord, LibrariesRecord, Loss, Owner, ProcessState, RecordHead,
+    RecordKind, UNMAPPED_INTERVAL_NS, UnmappedRecord, process_flags,
 };
 
 use crate::{
     books::KernelBooks,
     kernel_stack,
     maps::{self, CARRIERS, PROCESSES, RECORDS, SPACES, THREADS, settings},
+    task,
 };
 
 const CLONE_VM: u64 = 0x100;
@@ -245,6 +246,7 @@ fn ended() -> Option<()> {
             let _ = PROCESSES.remove(tgid);
         }
     }
+    tell_time(tgid);
     // The agent names them; nobody else does it for the thread that has the id next.
     if CARRIERS.remove(id as u32).is_ok() {
         // SAFETY: as above.
@@ -252,6 +254,18 @@ fn ended() -> Option<()> {
         send(&head(RecordKind::CarrierEnded, state.owner));
     }
     Some(())
+}
+
+/// What a process has used up, when it ends: nobody can ask later.
+#[inline(always)]
+fn tell_time(tgid: u32) {
+    // SAFETY: without preallocation the element is not reused before this program ends.
+    let Some(state) = (unsafe { PROCESSES.get(tgid) }) else { return };
+    if state.flags & process_flags::BORROWS_MEMORY == 0
+        && let Some(cpu_ns) = task::process_time_at_end()
+    {
+        send(&EndedRecord { head: head(RecordKind::Ended, state.owner), cpu_ns });
+    }
 }
 
 /// The dynamic loader has changed the set of libraries (`_dl_debug_state`).

@@ -206,6 +206,35 @@ fn a_program_that_is_started_is_watched_through_its_execve() {
     assert!(held_by(&profile, pid, "keeps") >= 32 * MIB, "{}", largest(&profile));
 }
 
+/// Seconds of a line of the shell's `times`: `0m0.12s 0m0.03s`.
+fn seconds(times: &str) -> f64 {
+    let one = |word: &str| -> Option<f64> {
+        let (minutes, seconds) = word.strip_suffix('s')?.split_once('m')?;
+        Some(minutes.parse::<f64>().ok()? * 60.0 + seconds.parse::<f64>().ok()?)
+    };
+    times.split_whitespace().map(|word| one(word).expect("a time")).sum()
+}
+
+#[test]
+fn the_time_of_children_that_end_before_anybody_looks_counts() {
+    let times = std::env::temp_dir().join(format!("leakbpf-times-{}", std::process::id()));
+    let burn = "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done";
+    let script = format!(
+        "for n in 1 2 3 4 5 6 7 8 9 10; do ({burn}); sh -c '{burn}'; done; times > {}",
+        times.display()
+    );
+    let mut session = record().command(["/bin/sh", "-c", &script]).spawn();
+    assert_eq!(session.wait().code(), Some(0), "{}", session.stderr());
+    let profile = session.parse_output();
+    let said = fs::read_to_string(&times).expect("what `times` says");
+    fs::remove_file(&times).expect("a file");
+    let truth: f64 = said.lines().map(seconds).sum();
+    assert!(truth > 0.2, "{said}");
+    // The kernel's account of a thread is up to a tick old when it ends.
+    let share = profile.cost.target_cpu_ns as f64 / 1e9 / truth;
+    assert!((0.8..1.1).contains(&share), "{share} of {truth} s");
+}
+
 #[test]
 fn memory_that_is_not_explained_is_told_of() {
     let mut target = Target::start(&c_program("pages", Allocator::Glibc));

@@ -2,10 +2,7 @@
 
 use core::ffi::c_void;
 
-use aya_ebpf::helpers::{
-    bpf_get_current_task, bpf_loop, bpf_probe_read_kernel, bpf_probe_read_user,
-    bpf_probe_read_user_buf,
-};
+use aya_ebpf::helpers::{bpf_loop, bpf_probe_read_user, bpf_probe_read_user_buf};
 use leakbpf_common::{
     abi::{FrameWord, MAX_FRAMES, Outcome, Owner, StackWalk},
     ledger,
@@ -14,9 +11,12 @@ use leakbpf_common::{
 };
 
 use super::mix;
-use crate::maps::{
-    CACHED_RULES, CachedRule, SCRATCH, SPACES, Scratch, StackWindow, TABLES, WINDOW_BYTES,
-    WINDOW_WORDS, settings,
+use crate::{
+    maps::{
+        CACHED_RULES, CachedRule, SCRATCH, SPACES, Scratch, StackWindow, TABLES, WINDOW_BYTES,
+        WINDOW_WORDS, settings,
+    },
+    task,
 };
 
 /// A frame's saved registers and return address lie so close to each other.
@@ -195,21 +195,19 @@ fn go_behind_trampoline(registers: &mut Registers) -> bool {
         return false;
     }
     let slot = registers.sp.wrapping_sub(8);
-    // SAFETY: the helper has no preconditions.
-    let task = unsafe { bpf_get_current_task() };
-    let mut at = kernel_word(task, &settings::TASK_UTASK);
-    at = kernel_word(at, &settings::UTASK_INSTANCES);
+    let mut at = task::word(task::current(), &settings::TASK_UTASK);
+    at = task::word(at, &settings::UTASK_INSTANCES);
     let mut turn = 0;
     while turn < RETURN_INSTANCES && at != 0 {
-        if kernel_word(at, &settings::INSTANCE_STACK) == slot {
-            let caller = kernel_word(at, &settings::INSTANCE_CALLER);
+        if task::word(at, &settings::INSTANCE_STACK) == slot {
+            let caller = task::word(at, &settings::INSTANCE_CALLER);
             // One that came later has replaced the trampoline of another one.
             if !ledger::is_trampoline(caller) {
                 registers.ip = caller;
                 return true;
             }
         }
-        at = kernel_word(at, &settings::INSTANCE_NEXT);
+        at = task::word(at, &settings::INSTANCE_NEXT);
         turn += 1;
     }
     false
@@ -217,14 +215,6 @@ fn go_behind_trampoline(registers: &mut Registers) -> bool {
 
 /// Return probes of one thread that are looked at: the kernel allows 64.
 const RETURN_INSTANCES: u32 = 16;
-
-/// A member of a kernel structure; 0 when it can't be read.
-#[inline(always)]
-fn kernel_word(structure: u64, offset: &'static u32) -> u64 {
-    let address = structure.wrapping_add(u64::from(settings::get(offset)));
-    // SAFETY: the helper checks the address.
-    unsafe { bpf_probe_read_kernel(address as *const u64) }.unwrap_or(0)
-}
 
 impl StackWindow {
     /// Moves the window to `start`: all of it, or only as much as the head of a frame needs.

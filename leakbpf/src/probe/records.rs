@@ -1,8 +1,8 @@
 //! What comes through the ring buffer.
 
 use leakbpf_common::abi::{
-    ExecRecord, ForkRecord, FrameWord, LibrariesRecord, MAX_FRAMES, MappingRecord, Outcome, Owner,
-    PageRecord, RecordHead, RecordKind, StackId, StackRecord, UnmappedRecord,
+    EndedRecord, ExecRecord, ForkRecord, FrameWord, LibrariesRecord, MAX_FRAMES, MappingRecord,
+    Outcome, Owner, PageRecord, RecordHead, RecordKind, StackId, StackRecord, UnmappedRecord,
 };
 
 /// A stack whose site is new.
@@ -33,6 +33,8 @@ pub enum Record {
     CarrierEnded(RecordHead),
     /// A chosen page was touched.
     Page(PageRecord),
+    /// A process has ended.
+    Ended(EndedRecord),
 }
 
 /// Words of a record, in order.
@@ -75,6 +77,7 @@ impl Record {
         const UNMAPPED: u32 = RecordKind::Unmapped as u32;
         const CARRIER_ENDED: u32 = RecordKind::CarrierEnded as u32;
         const PAGE: u32 = RecordKind::Page as u32;
+        const ENDED: u32 = RecordKind::Ended as u32;
         Some(match head.kind {
             STACK => {
                 let stack = StackId(words.u64()?);
@@ -124,6 +127,7 @@ impl Record {
             PAGE => {
                 Self::Page(PageRecord { head, address: words.u64()?, stack: StackId(words.u64()?) })
             }
+            ENDED => Self::Ended(EndedRecord { head, cpu_ns: words.u64()? }),
             _ => return None,
         })
     }

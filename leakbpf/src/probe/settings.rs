@@ -23,6 +23,7 @@ pub struct Settings {
     /// Byte offset of `old_pid` in the record of `sched:sched_process_exec`.
     pub exec_old_pid_offset: u32,
     pub return_instances: Option<ReturnInstances>,
+    pub process_times: Option<ProcessTimes>,
     /// Allocator functions are probed.
     pub probes: bool,
     /// Page faults are looked at.
@@ -41,6 +42,7 @@ impl Settings {
         let walk = self.stack_walk as u32;
         let agent = std::process::id();
         let returns = self.return_instances.unwrap_or(ReturnInstances::UNKNOWN);
+        let times = self.process_times.unwrap_or(ProcessTimes::UNKNOWN);
         let choice = self.pages.unwrap_or(PageChoice { interval: 1, seed: 0 });
         let page_limit = pages::limit(choice.interval);
         let event_flags = if self.pages.is_some() { BPF_RB_FORCE_WAKEUP } else { 0 };
@@ -61,6 +63,11 @@ impl Settings {
             .override_global("INSTANCE_STACK", &returns.stack, true)
             .override_global("INSTANCE_CALLER", &returns.caller, true)
             .override_global("INSTANCE_NEXT", &returns.next, true)
+            .override_global("TASK_SIGNAL", &times.signal, true)
+            .override_global("TASK_LEADER", &times.leader, true)
+            .override_global("TASK_RUNTIME", &times.runtime, true)
+            .override_global("SIGNAL_LIVE", &times.live, true)
+            .override_global("SIGNAL_ENDED_RUNTIME", &times.ended_runtime, true)
             .override_global("PAGE_SEED", &choice.seed, true)
             .override_global("PAGE_LIMIT", &page_limit, true)
             .override_global("EVENT_FLAGS", &event_flags, true)
@@ -121,4 +128,36 @@ impl ReturnInstances {
     }
 
     const UNKNOWN: Self = Self { utask: 0, first: 0, stack: 0, caller: 0, next: 0 };
+}
+
+/// Where the kernel keeps the processor time of processes: byte offsets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ProcessTimes {
+    /// `task_struct.signal`
+    pub signal: u32,
+    /// `task_struct.group_leader`
+    pub leader: u32,
+    /// `task_struct.se.sum_exec_runtime`
+    pub runtime: u32,
+    /// `signal_struct.live`
+    pub live: u32,
+    /// `signal_struct.sum_sched_runtime`
+    pub ended_runtime: u32,
+}
+
+impl ProcessTimes {
+    /// Of a kernel with this type information.
+    pub fn find(btf: &[u8]) -> Option<Self> {
+        let types = KernelTypes::parse(btf)?;
+        let runtime = types.offset_of("sched_entity", "sum_exec_runtime")?;
+        Some(Self {
+            signal: types.offset_of("task_struct", "signal")?,
+            leader: types.offset_of("task_struct", "group_leader")?,
+            runtime: types.offset_of("task_struct", "se")?.checked_add(runtime)?,
+            live: types.offset_of("signal_struct", "live")?,
+            ended_runtime: types.offset_of("signal_struct", "sum_sched_runtime")?,
+        })
+    }
+
+    const UNKNOWN: Self = Self { signal: 0, leader: 0, runtime: 0, live: 0, ended_runtime: 0 };
 }

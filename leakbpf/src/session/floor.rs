@@ -55,6 +55,7 @@ pub fn place(pid: u32, sites: Sites, kind: Links) -> Result<Floor, SessionError>
         newtask_flags_offset: 0,
         exec_old_pid_offset: 0,
         return_instances: None,
+        process_times: None,
         probes: true,
         pages: None,
         may_sample: false,

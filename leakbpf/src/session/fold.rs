@@ -216,9 +216,7 @@ fn let_go(watch: &mut Watch, ended: &HashMap<Owner, ProcessId>) -> Vec<(ProcessI
         if !ended.contains_key(&life.owner) || life.folded {
             return true;
         }
-        if let Some((first, last)) = life.cpu_time.take() {
-            *cpu_time += last.saturating_sub(first);
-        }
+        *cpu_time += std::mem::take(&mut life.cpu_time).used();
         let lost = life.mappings.losses();
         losses.frees_missed = losses.frees_missed.saturating_add(lost.frees_missed);
         losses.ranges_full = losses.ranges_full.saturating_add(lost.ranges_full);

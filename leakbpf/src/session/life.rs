@@ -58,12 +58,40 @@ pub struct Life {
     /// As the kernel counted it when the life was taken in, where pages are looked at.
     pub anonymous_bytes_before: Option<u64>,
     pub stacks: HashMap<StackId, Stack>,
-    /// Processor time of the process when the life was taken in, and when it was last looked at.
-    pub cpu_time: Option<(Duration, Duration)>,
+    pub cpu_time: CpuTime,
     /// Known once a stack leads through code made at run time.
     pub perf_map: Option<PerfMapPlace>,
     /// Its totals are kept elsewhere, and the kernel side knows it no more.
     pub folded: bool,
+}
+
+/// Processor time of a process, since it has been watched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CpuTime {
+    /// At the beginning, and at the last look.
+    known: Option<(Duration, Duration)>,
+}
+
+impl CpuTime {
+    /// `now` is what the process has used already; none of one that is gone.
+    pub fn since(now: Option<Duration>) -> Self {
+        Self { known: now.map(|now| (now, now)) }
+    }
+
+    /// It has used so much by now.
+    pub fn at_least(&mut self, now: Duration) {
+        if let Some((_, last)) = &mut self.known {
+            *last = now.max(*last);
+        }
+    }
+
+    pub fn last(&self) -> Option<Duration> {
+        self.known.map(|(_, last)| last)
+    }
+
+    pub fn used(&self) -> Duration {
+        self.known.map_or(Duration::ZERO, |(first, last)| last.saturating_sub(first))
+    }
 }
 
 impl Life {
@@ -77,7 +105,7 @@ impl Life {
             pagemap: None,
             anonymous_bytes_before: None,
             stacks: HashMap::new(),
-            cpu_time: None,
+            cpu_time: CpuTime::default(),
             perf_map: None,
             folded: false,
         }

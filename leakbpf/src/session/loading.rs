@@ -12,7 +12,7 @@ use crate::{
     probe::{
         kernel::Kernel,
         planner,
-        settings::{Links, PageChoice, ReturnInstances, Settings},
+        settings::{Links, PageChoice, ProcessTimes, ReturnInstances, Settings},
     },
     process::{host, select::Selector, tracefs},
 };
@@ -45,6 +45,8 @@ pub fn load(config: &Config) -> Result<(Kernel, Option<String>), SessionError> {
 }
 
 fn settings(config: &Config) -> Result<Settings, SessionError> {
+    let types = host::kernel_types();
+    let types = types.as_deref();
     Ok(Settings {
         follow_forks: config.follow_forks,
         watch_all: matches!(config.target, Target::Running(Selector::All)),
@@ -53,7 +55,8 @@ fn settings(config: &Config) -> Result<Settings, SessionError> {
         newtask_pid_offset: field_offset("task/task_newtask", "pid")?,
         newtask_flags_offset: field_offset("task/task_newtask", "clone_flags")?,
         exec_old_pid_offset: field_offset("sched/sched_process_exec", "old_pid")?,
-        return_instances: host::kernel_types().as_deref().and_then(ReturnInstances::find),
+        return_instances: types.and_then(ReturnInstances::find),
+        process_times: types.and_then(ProcessTimes::find),
         probes: config.method.probes(),
         pages: config.method.page_interval().map(|interval| PageChoice { interval, seed: seed() }),
         may_sample: config.method.may_sample(),

@@ -113,9 +113,11 @@ impl CodeChange {
                 let old = (!borrows(exec.old_flags)).then_some(exec.old);
                 Some(Self::Exec { old, new: exec.head.owner })
             }
-            Record::Stack(_) | Record::Mapping(_) | Record::Page(_) | Record::CarrierEnded(_) => {
-                None
-            }
+            Record::Stack(_)
+            | Record::Mapping(_)
+            | Record::Page(_)
+            | Record::CarrierEnded(_)
+            | Record::Ended(_) => None,
         }
     }
 }

@@ -16,7 +16,7 @@ use leakbpf_common::abi::{
 use super::{
     SessionError,
     detacher::Detacher,
-    life::{ENDED_BY_EXEC, Life},
+    life::{CpuTime, ENDED_BY_EXEC, Life},
     modules::Modules,
     placement::{LookedAt, Placed, Plans},
     space::Space,
@@ -176,7 +176,8 @@ impl Watch {
             .processes
             .set(&pid.0, ProcessState { owner, flags, ..ProcessState::default() })
             .map_err(|source| SessionError::Watch { pid, source })?;
-        self.add_life(owner, identity, maps.clone(), program_break(&maps));
+        let cpu_time = CpuTime::since(cpu_time::of(pid));
+        self.add_life(owner, identity, maps.clone(), program_break(&maps), cpu_time);
         self.place(pid, &maps)
     }
 
@@ -187,6 +188,7 @@ impl Watch {
         identity: Identity,
         maps: Maps,
         initial_break: Option<u64>,
+        cpu_time: CpuTime,
     ) -> ProcessId {
         let start_time = identity.start_time;
         let pid = identity.pid;
@@ -201,16 +203,10 @@ impl Watch {
             end: None,
         };
         let id = ProcessId(self.lives.len());
-        self.lives.push(Life::new(
-            owner,
-            process,
-            Space::new(0, maps),
-            Mappings::new(initial_break),
-        ));
+        let space = Space::new(0, maps);
+        let life = Life::new(owner, process, space, Mappings::new(initial_break));
+        self.lives.push(Life { cpu_time, ..life });
         self.by_owner.insert(owner, id);
-        if let Some(life) = self.lives.last_mut() {
-            life.cpu_time = cpu_time::of(pid).map(|time| (time, time));
-        }
         self.open_pagemap(id);
         self.watch_exit(pid, start_time, owner);
         id
@@ -335,6 +331,11 @@ impl Watch {
                 self.seen(seen.head.owner);
             }
             Record::Unmapped(unmapped) => self.unmapped(&unmapped),
+            Record::Ended(ended) => {
+                if let Some(id) = self.life_of(ended.head.owner) {
+                    self.lives[id.0].cpu_time.at_least(Duration::from_nanos(ended.cpu_ns));
+                }
+            }
             Record::CarrierEnded(head) => {
                 if self.probes_hang_on_threads() {
                     self.headless.push((head.owner, Instant::now()));
@@ -399,7 +400,8 @@ impl Watch {
         let identity =
             Identity::of(pid).unwrap_or_else(|_| gone(pid, parent.map(|id| &self.lives[id.0])));
         let initial_break = parent.and_then(|id| self.lives[id.0].mappings.program_break());
-        self.add_life(fork.child, identity, maps.clone(), initial_break);
+        let cpu_time = CpuTime::since(Some(Duration::ZERO));
+        self.add_life(fork.child, identity, maps.clone(), initial_break, cpu_time);
         if self.scope.shared_probes || !self.probing {
             return;
         }
@@ -430,17 +432,21 @@ impl Watch {
     fn executed(&mut self, exec: &ExecRecord) {
         let pid = Pid(exec.head.owner.tgid());
         let mut former = None;
+        let mut used = cpu_time::of(pid);
         if exec.old_flags & process_flags::BORROWS_MEMORY == 0
             && let Some(id) = self.life_of(exec.old)
         {
             former = Some(id);
+            let before = &mut self.lives[id.0].cpu_time;
+            before.at_least(used.unwrap_or_default());
+            used = before.last();
             self.lives[id.0].process.end.get_or_insert_with(|| ENDED_BY_EXEC.to_owned());
             self.lives[id.0].end_pages();
         }
         let maps = maps_of(&self.kernel, exec.head.owner);
         let former = former.map(|id| &self.lives[id.0]);
         let identity = Identity::of(pid).unwrap_or_else(|_| gone(pid, former));
-        self.add_life(exec.head.owner, identity, maps.clone(), None);
+        self.add_life(exec.head.owner, identity, maps.clone(), None, CpuTime::since(used));
         if self.detacher.pending() > MAX_DETACHING && !self.placed.contains_key(&pid.0) {
             self.seen_late(pid, "got no probes: too many children come and go");
             return;
@@ -525,7 +531,8 @@ impl Watch {
         let maps = maps_of(&self.kernel, owner);
         self.unwinding.refresh(owner);
         let identity = Identity::of(pid).unwrap_or_else(|_| gone(pid, None));
-        let id = self.add_life(owner, identity, maps.clone(), None);
+        let cpu_time = CpuTime::since(cpu_time::of(pid));
+        let id = self.add_life(owner, identity, maps.clone(), None, cpu_time);
         let _ = self.place(pid, &maps);
         Some(id)
     }
@@ -602,18 +609,17 @@ impl Watch {
         self.detacher.detach(links);
     }
 
-    /// Processor time that the processes have used while they were watched. What one used between
-    /// the last look at it and its end is not known.
+    /// Processor time that the processes have used while they were watched. Where the kernel does not tell
+    /// of it, what one used between the last look at it and its end is not known.
     pub fn cpu_time(&mut self) -> Duration {
         let mut sum = self.folded_cpu_time;
         for life in &mut self.lives {
-            let Some((first, last)) = &mut life.cpu_time else { continue };
             if life.process.end.is_none()
                 && let Some(now) = cpu_time::of(Pid(life.process.pid))
             {
-                *last = now.max(*last);
+                life.cpu_time.at_least(now);
             }
-            sum += last.saturating_sub(*first);
+            sum += life.cpu_time.used();
         }
         sum
     }
