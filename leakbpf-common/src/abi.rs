@@ -190,8 +190,9 @@ pub struct Cookie {
     pub frees_on_failure: bool,
     /// The end is probed at the function's own return instructions: its return address stays.
     pub returns_unprobed: bool,
-    /// No other function that is probed is called from this one, and it allocates.
-    pub calls_no_other: bool,
+    /// The probe at the end comes with the call, if the beginning wants one, and the end tells nothing
+    /// when no block is recorded: the function calls no other one that is probed.
+    pub return_optional: bool,
     pub size: RegisterSlot,
     pub second_size: RegisterSlot,
     /// The old block, the block to free, or where the new address is written.
@@ -206,7 +207,7 @@ impl Cookie {
             | (self.size_rule as u64) << 8
             | (self.frees_on_failure as u64) << 12
             | (self.returns_unprobed as u64) << 13
-            | (self.calls_no_other as u64) << 14
+            | (self.return_optional as u64) << 14
             | (self.size.0 as u64) << 16
             | (self.second_size.0 as u64) << 24
             | (self.pointer.0 as u64) << 32
@@ -226,7 +227,7 @@ impl Cookie {
             },
             frees_on_failure: value >> 12 & 1 != 0,
             returns_unprobed: value >> 13 & 1 != 0,
-            calls_no_other: value >> 14 & 1 != 0,
+            return_optional: value >> 14 & 1 != 0,
             size: RegisterSlot((value >> 16) as u8),
             second_size: RegisterSlot((value >> 24) as u8),
             pointer: RegisterSlot((value >> 32) as u8),
@@ -603,7 +604,7 @@ mod tests {
             size_rule: SizeRule::Product,
             frees_on_failure: true,
             returns_unprobed: true,
-            calls_no_other: true,
+            return_optional: true,
             size: RegisterSlot(3),
             second_size: RegisterSlot::NONE,
             pointer: RegisterSlot(14),

@@ -223,7 +223,7 @@ impl ThreadState {
         let Unwatched { stack_pointer: entry, return_address } = self.unwatched;
         stack_pointer < entry
             && entry - stack_pointer < NESTING_BYTES
-            && read_word(entry) == Some(return_address)
+            && read_word(entry).is_some_and(|word| word == return_address || is_trampoline(word))
     }
 
     /// Forgets the innermost call: it will not return. A block that it held aside is still the
@@ -301,7 +301,7 @@ pub fn enter(thread: &mut ThreadState, books: &mut impl Books, call: &Call) -> R
     } else {
         choose(&mut thread.until_sample, books, size_bytes)
     };
-    if chosen == Choice::Not && call.cookie.calls_no_other {
+    if chosen == Choice::Not && call.cookie.return_optional {
         let return_address = books.read_word(call.stack_pointer).unwrap_or(0);
         thread.unwatched = Unwatched { stack_pointer: call.stack_pointer, return_address };
         return Return::Unwatched;

@@ -51,7 +51,7 @@ pub extern "C" fn alloc_call(ctx: *mut c_void) -> u32 {
     let (place, probed) = unsafe { ((*ctx.regs).rip, bpf_get_func_ip(ctx.as_ptr())) };
     if place != probed {
         meter::run(|| {
-            if settings::get(&settings::MAY_SAMPLE) != 0 && cookie(&ctx)?.calls_no_other {
+            if settings::get(&settings::MAY_SAMPLE) != 0 && cookie(&ctx)?.return_optional {
                 meter::spared_by_sampling();
             }
             finish(ctx.regs)

@@ -46,6 +46,14 @@ pub fn monotonic_ns() -> u64 {
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
+/// Major and minor version of the kernel that runs.
+pub fn kernel_version() -> (u32, u32) {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("a kernel");
+    let mut numbers = release.split(['.', '-']).map_while(|word| word.parse::<u32>().ok());
+    let mut next = || numbers.next().unwrap_or_else(|| panic!("no version in {release}"));
+    (next(), next())
+}
+
 /// Fails the test unless it runs as root.
 pub fn require_root() {
     // SAFETY: geteuid has no preconditions.

@@ -1,11 +1,20 @@
 //! `--mode sample`: estimates from chosen blocks, against programs that know their own truth.
 
-use leakbpf_tests::{Allocator, Leakbpf, Profile, Target, c_program};
+use leakbpf_tests::{Allocator, Leakbpf, Profile, Target, c_program, kernel_version};
 
 /// What a program does while its blocks are sampled; its report, and the bytes and blocks that it
 /// holds by its own books.
 fn sampled(program: &str, interval: &str, commands: &[&str]) -> (Profile, u64, u64) {
-    let mut target = Target::start(&c_program(program, Allocator::Glibc));
+    sampled_on(Allocator::Glibc, program, interval, commands)
+}
+
+fn sampled_on(
+    allocator: Allocator,
+    program: &str,
+    interval: &str,
+    commands: &[&str],
+) -> (Profile, u64, u64) {
+    let mut target = Target::start(&c_program(program, allocator));
     let session = Leakbpf::record()
         .pid(target.pid())
         .argument("--mode=sample")
@@ -81,4 +90,26 @@ fn most_small_blocks_are_left_out() {
     let (profile, ..) = sampled("heap", "512KiB", &["many 100000 64"]);
     assert!(profile.blocks.len() < 1000, "{} of 100,000 blocks", profile.blocks.len());
     assert!(profile.blocks.len() > 50, "{} of 100,000 blocks", profile.blocks.len());
+}
+
+#[test]
+fn a_call_that_is_not_chosen_pays_no_return_probe_and_is_chosen_once() {
+    const CALLS: u64 = 100_000;
+    let has_sessions = kernel_version() >= (6, 13);
+    for (allocator, calls_no_other) in [
+        (Allocator::Glibc, true),
+        (Allocator::GlibcStatic, true),
+        (Allocator::JemallocPreloaded, true),
+        (Allocator::TcmallocLinked, true),
+        (Allocator::MimallocPreloaded, false),
+        (Allocator::Musl, false),
+    ] {
+        let command = format!("many {CALLS} 64");
+        let (profile, bytes, count) = sampled_on(allocator, "heap", "64KiB", &[&command]);
+        // A call inside of another one that was chosen for itself would show twice.
+        assert_totals(&profile, bytes, count);
+        let hits = profile.cost.probe_hits as f64 / CALLS as f64;
+        let expected = if calls_no_other && has_sessions { 1.0 } else { 2.0 };
+        assert!((hits - expected).abs() < 0.2, "{allocator:?}: {hits} probes a call");
+    }
 }

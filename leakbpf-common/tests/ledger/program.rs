@@ -600,7 +600,7 @@ pub fn cookie(role: Role, size_rule: SizeRule, frees_on_failure: bool) -> Cookie
         size_rule,
         frees_on_failure,
         returns_unprobed: false,
-        calls_no_other: false,
+        return_optional: false,
         size: RegisterSlot::NONE,
         second_size: RegisterSlot::NONE,
         pointer: RegisterSlot::NONE,

@@ -227,7 +227,7 @@ fn a_call_that_threw_does_not_hide_the_next_one_of_its_caller() {
 fn an_allocator_is_known_to_run_without_its_return_until_its_caller_calls_something_else() {
     let (mut thread, mut books) = start();
     books.sampling = Sampling { interval_bytes: 1 << 30, since_ns: 0 };
-    let cookie = Cookie { calls_no_other: true, ..cookie(Role::Allocate, SizeRule::First, false) };
+    let cookie = Cookie { return_optional: true, ..cookie(Role::Allocate, SizeRule::First, false) };
     books.memory.insert(STACK, RETURN_ADDRESS);
     let inside = |thread: &ThreadState, books: &HostBooks, at| {
         thread.is_inside(at, |address| books.memory.get(&address).copied())

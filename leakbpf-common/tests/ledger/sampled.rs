@@ -45,9 +45,9 @@ impl Program {
     }
 
     fn call(&mut self, role: Role, rule: SizeRule, size: u64, second: u64, pointer: u64) -> Call {
-        let calls_no_other = role == Role::Allocate && self.books.any_number().is_multiple_of(2);
+        let return_optional = role == Role::Allocate && self.books.any_number().is_multiple_of(2);
         Call {
-            cookie: Cookie { calls_no_other, ..cookie(role, rule, false) },
+            cookie: Cookie { return_optional, ..cookie(role, rule, false) },
             stack_pointer: STACK,
             size,
             second_size: second,

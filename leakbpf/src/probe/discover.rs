@@ -94,6 +94,8 @@ pub struct PlannedProbe {
     pub entry_file_offset: u64,
     pub enter_file_offset: u64,
     pub enter_cookie: Cookie,
+    /// No other function that is probed is called from it.
+    pub calls_no_other: bool,
     /// Of the return probe.
     pub leave_file_offset: Option<u64>,
     /// Return instructions, each probed in place of a return probe: the function may throw, and
@@ -401,12 +403,13 @@ impl Planning<'_> {
                 size_rule: function.size_rule,
                 frees_on_failure: function.frees_on_failure,
                 returns_unprobed: !exits.is_empty(),
-                calls_no_other: self.calls_no_other(candidate, function),
                 size: slot(function.size),
                 second_size: slot(function.second_size),
                 pointer: slot(function.pointer),
                 stack_distance: plan.enter.stack_distance,
+                return_optional: false,
             },
+            calls_no_other: self.calls_no_other(candidate, function),
             leave_file_offset: plan.leave.map(|leave| offset_of(leave.offset)).transpose()?,
             exit_file_offsets: exits
                 .into_iter()

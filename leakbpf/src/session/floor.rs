@@ -76,9 +76,7 @@ pub fn place(pid: u32, sites: Sites, kind: Links) -> Result<Floor, SessionError>
         let (mut leaves, mut enters) = (Vec::new(), Vec::new());
         let site = |file_offset| Site { file_offset, cookie: 0 };
         for probe in &plan.probes {
-            let spared = sites == Sites::Unchosen
-                && kernel.has_sessions()
-                && probe.enter_cookie.calls_no_other;
+            let spared = sites == Sites::Unchosen && kernel.has_sessions() && probe.calls_no_other;
             let first = sites == Sites::First;
             let enter = if first { probe.entry_file_offset } else { probe.enter_file_offset };
             let leave = match probe.role {

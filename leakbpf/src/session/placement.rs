@@ -31,7 +31,7 @@ use crate::{
     },
     symbolize::{debuginfod_caches, root},
 };
-use leakbpf_common::abi::Role;
+use leakbpf_common::abi::{Cookie, Role};
 
 /// What the kernel writes over a probed instruction (arch/x86/include/asm/uprobes.h,
 /// `UPROBE_SWBP_INSN`).
@@ -302,7 +302,10 @@ impl Placed {
                 };
                 let one_place = probe.leave_file_offset == Some(probe.enter_file_offset);
                 if one_place && kernel.has_sessions() {
-                    enters.push(site(Program::AllocCall, probe.enter_file_offset));
+                    let return_optional = probe.calls_no_other;
+                    let cookie = Cookie { return_optional, ..probe.enter_cookie }.pack();
+                    let call = site(Program::AllocCall, probe.enter_file_offset);
+                    enters.push(Placement { site: Site { cookie, ..call.site }, ..call });
                     continue;
                 }
                 if let Some(offset) = probe.leave_file_offset {

@@ -103,7 +103,7 @@ fn glibc_is_probed_without_a_single_step() {
 fn only_functions_that_are_known_to_call_no_other_are_marked_so() {
     let marked = |library| {
         let plan = plan_of(&read(library));
-        let probes = plan.probes.into_iter().filter(|probe| probe.enter_cookie.calls_no_other);
+        let probes = plan.probes.into_iter().filter(|probe| probe.calls_no_other);
         probes.map(|probe| probe.function).collect::<BTreeSet<_>>()
     };
     let set = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<BTreeSet<_>>();
