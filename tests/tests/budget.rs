@@ -155,6 +155,24 @@ fn blocks_are_sampled_where_counting_them_all_costs_a_little_too_much() {
 }
 
 #[test]
+fn page_faults_that_alone_cost_too_much_are_looked_at_no_more() {
+    let mut target = Target::start(&c_program("pages", Allocator::Glibc));
+    target.run("keeps 64");
+    let session = watch(&target, &["--mode", "auto"]);
+    target.run("keeps 32");
+    for _ in 0..40 {
+        target.run("churns 64");
+    }
+    let profile = session.stop();
+    let said: Vec<&str> = profile.events.iter().map(|event| event.text.as_str()).collect();
+    let stopped = |text: &&&str| text.starts_with("looking at page faults alone costs");
+    assert_eq!(said.iter().filter(stopped).count(), 1, "{said:?}");
+    // Looked at from begin to end, they cost a tenth.
+    let overhead = profile.cost.overhead_percent.expect("it worked");
+    assert!(overhead < 1.5, "{overhead} % where 1 % is the limit");
+}
+
+#[test]
 fn a_storm_has_few_probes_to_fight() {
     let mut target = service();
     let pairs = |said: Vec<String>| said[0].parse::<f64>().expect("a number");

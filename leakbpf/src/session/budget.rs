@@ -2,8 +2,9 @@
 //!
 //! Processor time of the watched processes earns credit, what the probes cost spends it. While there is
 //! credit, the probes stay. When it is used up, blocks are sampled, if that is cheap enough; else the
-//! probes go, until there is enough for a window that is worth placing them. A process that allocates little never uses up its credit, and its probes stay
-//! for good. Credit that is not used is kept for [`CONTROL_PERIOD`] only: over such a time, no storm
+//! probes go, until there is enough for a window that is worth placing them. When page faults alone cost
+//! more than is earned, they are looked at no more. A process that allocates little never uses up its
+//! credit, and its probes stay for good. Credit that is not used is kept for [`CONTROL_PERIOD`] only: over such a time, no storm
 //! after a calm can cost more than twice the share, and over longer times the share holds.
 //!
 //! Pure: readings in, steps out.
@@ -56,8 +57,10 @@ pub struct Reading {
     pub at_ns: u64,
     /// Processor time of the watched processes, `spent_ns` included.
     pub target_cpu_ns: u64,
-    /// What the probes have cost.
+    /// What the session has cost them.
     pub spent_ns: u64,
+    /// Of that, what it takes to look at page faults.
+    pub spent_on_faults_ns: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,6 +72,8 @@ pub enum Step {
     Open,
     /// Take them away.
     Close,
+    /// Look at page faults no more.
+    StopPages,
 }
 
 pub struct Budget {
@@ -88,6 +93,8 @@ pub struct Budget {
     /// Own time of the processes and what the probes cost, per time, in the last moments.
     own_now: f64,
     cost_now: f64,
+    /// Of that, what page faults cost.
+    faults_now: f64,
     /// What probes cost per time while they are in place, in the last window; less and less is made
     /// of that while they are not, since loads change.
     spending_rate: f64,
@@ -112,6 +119,7 @@ impl Budget {
             own_rate: 0.0,
             own_now: 0.0,
             cost_now: 0.0,
+            faults_now: 0.0,
             spending_rate: 0.0,
             placing_ns: 0.0,
             planned_ns: 0.0,
@@ -150,6 +158,11 @@ impl Budget {
         self.credit_ns = self.earning_rate() * SAMPLING_CREDIT_NS;
     }
 
+    /// Page faults are looked at no more.
+    pub fn stopped_pages(&mut self) {
+        self.faults_now = 0.0;
+    }
+
     /// What to do now. `left` tells what would be left of the cost if blocks were sampled; none when
     /// they can't be.
     pub fn decide(&mut self, now: Reading, left: impl FnOnce() -> Option<f64>) -> Step {
@@ -165,12 +178,22 @@ impl Budget {
             if self.sampled || over {
                 return Step::Close;
             }
-            let added = (LEAST_USE - self.own_rate).max(0.0);
-            let earned = EARNED * self.share * (self.own_now + added);
-            let fits = left().is_some_and(|left| self.cost_now * left <= earned);
+            let fits = left().is_some_and(|left| self.cost_now * left <= self.earned_now());
             return if fits { Step::Sample } else { Step::Close };
         }
-        if self.credit_ns >= self.enough_ns() { Step::Open } else { Step::Stay }
+        if self.credit_ns >= self.enough_ns() {
+            Step::Open
+        } else if self.credit_ns < 0.0 && self.faults_now > self.earned_now() {
+            Step::StopPages
+        } else {
+            Step::Stay
+        }
+    }
+
+    /// What is earned per time, in the last moments.
+    fn earned_now(&self) -> f64 {
+        let added = (LEAST_USE - self.own_rate).max(0.0);
+        EARNED * self.share * (self.own_now + added)
     }
 
     /// When to look again.
@@ -199,6 +222,8 @@ impl Budget {
             let weight = 1.0 - (-time / MOMENTS_NS).exp();
             self.own_now += weight * (own / time - self.own_now);
             self.cost_now += weight * (spent / time - self.cost_now);
+            let faults = now.spent_on_faults_ns.saturating_sub(self.last.spent_on_faults_ns) as f64;
+            self.faults_now += weight * (faults / time - self.faults_now);
             if !self.open {
                 self.spending_rate *= (-time / FORGETTING_NS).exp();
             }

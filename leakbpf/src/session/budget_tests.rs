@@ -13,6 +13,8 @@ struct Simulation {
     /// What sampling makes of the cost, where it can be had; and what is left of the cost now.
     sampling: Option<f64>,
     price: f64,
+    /// What looking at page faults costs, as a multiple of the processes' own time.
+    faults: f64,
 }
 
 /// How processes behave for a time.
@@ -37,6 +39,7 @@ impl Simulation {
             placing: Duration::ZERO,
             sampling: None,
             price: 1.0,
+            faults: 0.0,
         }
     }
 
@@ -47,13 +50,16 @@ impl Simulation {
             let busy = tick as f64 * load.processors;
             let price = load.price * self.price;
             // The processes' time is as long with probes; they only get less done in it.
-            let spent = if self.budget.is_open() { busy * price / (1.0 + price) } else { 0.0 };
+            let of_probes = if self.budget.is_open() { price } else { 0.0 };
+            let each = busy / (1.0 + of_probes + self.faults);
+            let (spent, on_faults) = ((of_probes + self.faults) * each, self.faults * each);
             if self.budget.is_open() {
                 self.open_ns += tick;
             }
             self.now.at_ns += tick;
             self.now.target_cpu_ns += busy as u64;
             self.now.spent_ns += spent as u64;
+            self.now.spent_on_faults_ns += on_faults as u64;
             let step = self.budget.decide(self.now, || self.sampling);
             match step {
                 Step::Stay => continue,
@@ -66,6 +72,10 @@ impl Simulation {
                     self.budget.begin_sampling(self.now);
                 }
                 Step::Close => self.budget.closed(self.now),
+                Step::StopPages => {
+                    self.faults = 0.0;
+                    self.budget.stopped_pages();
+                }
             }
             self.steps.push((self.now.at_ns, step));
         }
@@ -230,4 +240,28 @@ fn the_pauses_of_a_busy_process_earn_nothing() {
         simulation.run(Load { ms: 500, processors: 0.0, price: 5.0 });
     }
     assert!(simulation.share() < 0.0097, "{}", simulation.share());
+}
+
+#[test]
+fn page_faults_that_alone_cost_more_than_the_share_are_looked_at_no_more() {
+    let mut simulation = Simulation::new(0.01);
+    simulation.faults = 0.15;
+    simulation.run(Load { ms: 60_000, processors: 1.0, price: 0.002 });
+    let stops: Vec<_> =
+        simulation.steps.iter().filter(|(_, step)| *step == Step::StopPages).collect();
+    assert_eq!(stops.len(), 1, "{:?}", simulation.steps);
+    assert!(stops[0].0 < 1000 * MS, "{:?}", simulation.steps);
+    assert!(simulation.share() < 0.01, "{}", simulation.share());
+    // What probes cost is little, and they come back to stay.
+    assert!(simulation.budget.is_open());
+}
+
+#[test]
+fn page_faults_that_fit_are_looked_at_whatever_the_probes_cost() {
+    let mut simulation = Simulation::new(0.01);
+    simulation.faults = 0.004;
+    simulation.run(Load { ms: 120_000, processors: 1.0, price: 0.4 });
+    assert!(simulation.steps.iter().all(|(_, step)| *step != Step::StopPages));
+    assert!(simulation.steps.iter().any(|(_, step)| *step == Step::Open));
+    assert!(simulation.share() < 0.0105, "{}", simulation.share());
 }

@@ -78,6 +78,7 @@ pub struct Control {
     /// Releases that were not seen until then.
     missed_while_unbroken: Option<u64>,
     told_of_long_window: bool,
+    looks_at_pages: bool,
     due: Instant,
 }
 
@@ -98,6 +99,7 @@ impl Control {
             unbroken: true,
             missed_while_unbroken: None,
             told_of_long_window: false,
+            looks_at_pages: method.page_interval().is_some(),
             due: Instant::now(),
         }
     }
@@ -206,6 +208,24 @@ impl Control {
         );
         watch.note(None, text);
         Ok(())
+    }
+
+    /// Page faults are not looked at from now on. What was taken in until then is shown.
+    pub fn stop_pages(&mut self, watch: &mut Watch) {
+        watch.kernel.detach_page_faults();
+        self.looks_at_pages = false;
+        self.budget.iter_mut().for_each(Budget::stopped_pages);
+        watch.note(
+            None,
+            "looking at page faults alone costs the processes more than they may pay: from here on \
+             resident memory is what was touched until now and is still there"
+                .to_owned(),
+        );
+    }
+
+    /// Resident memory is seen to come, from begin to end.
+    pub fn looks_at_pages(&self) -> bool {
+        self.looks_at_pages
     }
 
     /// Brings the probes back.

@@ -49,6 +49,7 @@ impl Meter {
             at_ns: monotonic_ns(),
             target_cpu_ns: nanoseconds(watch.cpu_time()),
             spent_ns: self.spent_ns(watch)?,
+            spent_on_faults_ns: self.spent_on_faults_ns(watch)? as u64,
         })
     }
 
@@ -56,13 +57,16 @@ impl Meter {
         let trap = self.trap.as_nanos() as f64;
         let cost = watch.kernel.cost()?;
         let program = program_ns(&cost).unwrap_or_default();
-        let mut spent = cost.hits as f64 * (trap + program) * (1.0 + BEYOND);
-        if let Some(one_in) = self.page_interval {
-            let chosen = watch.kernel.counts()?.pages_touched as f64;
-            let faults = chosen * f64::from(one_in);
-            spent += (faults * FAULT_IN_TRAPS + chosen * CHOSEN_FAULT_IN_TRAPS) * trap;
-        }
-        Ok(spent as u64)
+        let on_hits = cost.hits as f64 * (trap + program) * (1.0 + BEYOND);
+        Ok((on_hits + self.spent_on_faults_ns(watch)?) as u64)
+    }
+
+    fn spent_on_faults_ns(&self, watch: &Watch) -> Result<f64, SessionError> {
+        let Some(one_in) = self.page_interval else { return Ok(0.0) };
+        let chosen = watch.kernel.counts()?.pages_touched as f64;
+        let faults = chosen * f64::from(one_in);
+        let trap = self.trap.as_nanos() as f64;
+        Ok((faults * FAULT_IN_TRAPS + chosen * CHOSEN_FAULT_IN_TRAPS) * trap)
     }
 
     /// What would be left of the cost if blocks were sampled; none when that would not spare much.

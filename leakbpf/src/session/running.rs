@@ -188,6 +188,11 @@ impl<'a> Session<'a> {
             Step::Stay => {}
             Step::Open => self.control.open(&mut self.watch)?,
             Step::Sample => self.control.sample(&mut self.watch)?,
+            Step::StopPages => {
+                self.control.stop_pages(&mut self.watch);
+                self.drain();
+                self.watch.look_at_pages(true);
+            }
             Step::Close => {
                 let window = self.control.close(&mut self.watch)?;
                 self.drain();
@@ -366,7 +371,9 @@ impl<'a> Session<'a> {
         self.watch.look_at_pages(true);
         // For those that were not there when they were looked at first.
         self.watch.look_at_pages(true);
-        if let Some(one_in) = self.config.method.page_interval() {
+        if let Some(one_in) = self.config.method.page_interval()
+            && self.control.looks_at_pages()
+        {
             self.watch.compare_with_the_kernels_account(one_in);
         }
         let filter = self.config.filter;
