@@ -105,6 +105,8 @@ pub struct Control {
     pub enabled: u64,
     /// 0: those at allocator functions do.
     pub calls: u64,
+    /// Not 0: mappings are told of, and whether an allocator's function made them.
+    pub mappings: u64,
     pub sampling: Sampling,
 }
 
@@ -581,7 +583,7 @@ const _: () = {
     assert!(size_of::<SiteKey>() == 16);
     assert!(size_of::<SiteCounters>() == 40);
     assert!(size_of::<ProcessState>() == 24);
-    assert!(size_of::<Control>() == 32);
+    assert!(size_of::<Control>() == 40);
     assert!(size_of::<RecordHead>() == 24);
     assert!(size_of::<StackRecord>() == 24 + 24 + 8 * MAX_FRAMES);
     assert!(size_of::<MappingRecord>() == 24 + 48);

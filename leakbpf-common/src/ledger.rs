@@ -12,7 +12,7 @@
 
 use crate::{
     abi::{Block, BlockKey, Cookie, Loss, MAX_IN_FLIGHT, Owner, Role, SizeRule, StackId, Tally},
-    sampling::{self, Sampling},
+    sampling::Sampling,
 };
 
 /// Two calls whose stack pointers are nearer than this are on the same stack, the lower one
@@ -40,7 +40,9 @@ pub trait Books {
     /// Reads a word of the current process's memory.
     fn read_word(&mut self, address: u64) -> Option<u64>;
     fn sampling(&self) -> Sampling;
-    fn random(&mut self) -> u32;
+    /// Whether a block is chosen ([`sampling::choose`]); an interval of this process, or of others with
+    /// it, is counted down.
+    fn choose(&mut self, size_bytes: u64, interval_bytes: u64) -> bool;
 }
 
 /// Result of [`Books::put`].
@@ -118,15 +120,13 @@ pub struct ThreadState {
     pub owner: Owner,
     /// How many of `calls` are in use.
     pub depth: u64,
-    /// Bytes until the next block that is chosen: see [`sampling::choose`].
-    pub until_sample: u64,
     /// The last call whose return nobody waits for.
     pub unwatched: Unwatched,
     pub calls: [InFlight; MAX_IN_FLIGHT],
 }
 
 const _: () = assert!(size_of::<InFlight>() == 80);
-const _: () = assert!(size_of::<ThreadState>() == 40 + 80 * MAX_IN_FLIGHT);
+const _: () = assert!(size_of::<ThreadState>() == 32 + 80 * MAX_IN_FLIGHT);
 const _: () = assert!(MAX_IN_FLIGHT.is_power_of_two());
 
 impl Default for ThreadState {
@@ -156,6 +156,17 @@ pub struct Birth {
     pub sampled: bool,
 }
 
+impl Call {
+    /// What the program asks for, in bytes, and whether that is a number.
+    #[inline(always)]
+    fn size_bytes(&self) -> (u64, bool) {
+        match self.cookie.size_rule {
+            SizeRule::First | SizeRule::Sum => (self.size, true),
+            SizeRule::Product => overflowing_product(self.size, self.second_size),
+        }
+    }
+}
+
 impl ThreadState {
     /// Nothing in flight.
     pub const fn new(owner: Owner) -> Self {
@@ -171,7 +182,7 @@ impl ThreadState {
             chosen: 0,
         };
         let unwatched = Unwatched { stack_pointer: 0, return_address: 0 };
-        Self { owner, depth: 0, until_sample: 0, unwatched, calls: [NONE; MAX_IN_FLIGHT] }
+        Self { owner, depth: 0, unwatched, calls: [NONE; MAX_IN_FLIGHT] }
     }
 
     /// The slot of the innermost call, in a form that the BPF verifier can bound.
@@ -280,9 +291,32 @@ fn put_back(books: &mut impl Books, owner: Owner, call: &InFlight) {
     }
 }
 
+/// Whether the block is recorded that a call makes. The first thing to know of a call: what is chosen of
+/// one that does not count then (it is nested) changes no other's chances.
+#[inline(always)]
+pub fn choose(books: &mut impl Books, call: &Call) -> Choice {
+    // Of what is resized in place, the size is known at its end.
+    if call.cookie.role == Role::ResizeInPlace {
+        Choice::Certain
+    } else {
+        choose_of(books, call.size_bytes().0)
+    }
+}
+
+/// Nobody waits for the end of a call of which that is so.
+#[inline(always)]
+pub fn leaves_no_trace(call: &Call, chosen: Choice) -> bool {
+    chosen == Choice::Not && call.cookie.return_optional
+}
+
 /// An allocation, reallocation or resize begins.
 #[inline(always)]
-pub fn enter(thread: &mut ThreadState, books: &mut impl Books, call: &Call) -> Return {
+pub fn enter(
+    thread: &mut ThreadState,
+    books: &mut impl Books,
+    call: &Call,
+    chosen: Choice,
+) -> Return {
     if thread.nested(books, call.stack_pointer) {
         return Return::Unwatched;
     }
@@ -290,18 +324,8 @@ pub fn enter(thread: &mut ThreadState, books: &mut impl Books, call: &Call) -> R
         books.lost(Loss::InFlightFull);
         thread.abandon(books);
     }
-    let (size_bytes, fits) = match call.cookie.size_rule {
-        SizeRule::First => (call.size, true),
-        SizeRule::Product => overflowing_product(call.size, call.second_size),
-        SizeRule::Sum => (call.size, true),
-    };
-    // Of what is resized in place, the size is known at its end.
-    let chosen = if call.cookie.role == Role::ResizeInPlace {
-        Choice::Certain
-    } else {
-        choose(&mut thread.until_sample, books, size_bytes)
-    };
-    if chosen == Choice::Not && call.cookie.return_optional {
+    let (size_bytes, fits) = call.size_bytes();
+    if leaves_no_trace(call, chosen) {
         let return_address = books.read_word(call.stack_pointer).unwrap_or(0);
         thread.unwatched = Unwatched { stack_pointer: call.stack_pointer, return_address };
         return Return::Unwatched;
@@ -344,12 +368,10 @@ pub fn enter(thread: &mut ThreadState, books: &mut impl Books, call: &Call) -> R
 }
 
 #[inline(always)]
-fn choose(until_sample: &mut u64, books: &mut impl Books, size_bytes: u64) -> Choice {
+fn choose_of(books: &mut impl Books, size_bytes: u64) -> Choice {
     match books.sampling().interval_bytes {
         0 => Choice::Certain,
-        interval if sampling::choose(until_sample, size_bytes, interval, || books.random()) => {
-            Choice::Sampled
-        }
+        interval if books.choose(size_bytes, interval) => Choice::Sampled,
         _ => Choice::Not,
     }
 }
@@ -404,8 +426,7 @@ pub fn leave(
         let call = &thread.calls[slot];
         if call.stack_pointer == stack_pointer {
             thread.depth -= 1;
-            let ThreadState { owner, until_sample, calls, .. } = thread;
-            return settle(books, *owner, until_sample, &calls[slot], result);
+            return settle(books, thread.owner, &thread.calls[slot], result);
         }
         // A call that is still running lies above; only what lies below was left behind.
         if call.stack_pointer > stack_pointer || stack_pointer - call.stack_pointer >= UNWOUND_BYTES
@@ -418,13 +439,7 @@ pub fn leave(
 }
 
 #[inline(always)]
-fn settle(
-    books: &mut impl Books,
-    owner: Owner,
-    until_sample: &mut u64,
-    call: &InFlight,
-    result: u64,
-) -> Option<Birth> {
+fn settle(books: &mut impl Books, owner: Owner, call: &InFlight, result: u64) -> Option<Birth> {
     if call.chosen | call.aside == 0 {
         return None;
     }
@@ -480,7 +495,7 @@ fn settle(
             if books.sampling().interval_bytes != 0 {
                 // A block of another size stands for others, and is chosen anew.
                 let birth = Birth { owner, address: call.pointer, size_bytes, sampled: true };
-                let chosen = choose(until_sample, books, size_bytes) != Choice::Not;
+                let chosen = choose_of(books, size_bytes) != Choice::Not;
                 return chosen.then_some(birth);
             }
             if call.aside != 0 {

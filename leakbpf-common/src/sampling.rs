@@ -79,8 +79,8 @@ impl Default for Sampling {
     }
 }
 
-/// Whether a block of `size_bytes` is chosen. `until` is how many bytes its thread has still to
-/// allocate until the next chosen one; 0 when that is not drawn yet. `random` gives 32 random bits.
+/// Whether a block of `size_bytes` is chosen. `until` is how many bytes are still to be allocated until
+/// the next chosen one, by whoever shares it; 0 when that is not drawn yet. `random` gives 32 random bits.
 #[inline(always)]
 pub fn choose(
     until: &mut u64,

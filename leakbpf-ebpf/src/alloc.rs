@@ -164,9 +164,14 @@ fn cookie(ctx: &ProbeContext) -> Option<Cookie> {
 #[inline(always)]
 fn begin(ctx: &ProbeContext) -> Option<Return> {
     let sampling = maps::counting_calls()?;
-    let thread = thread_state(bpf_get_current_pid_tgid())?;
     let call = call(ctx, cookie(ctx)?);
-    Some(ledger::enter(thread, &mut KernelBooks::new(sampling), &call))
+    let mut books = KernelBooks::new(sampling);
+    let chosen = ledger::choose(&mut books, &call);
+    if ledger::leaves_no_trace(&call, chosen) && !maps::tells_mappings() {
+        return Some(Return::Unwatched);
+    }
+    let thread = thread_state(bpf_get_current_pid_tgid())?;
+    Some(ledger::enter(thread, &mut books, &call, chosen))
 }
 
 #[inline(always)]

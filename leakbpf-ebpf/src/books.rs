@@ -9,11 +9,11 @@ use aya_ebpf::{
 use leakbpf_common::{
     abi::{Block, BlockKey, Loss, SiteCounters, SiteKey, StackId, Tally},
     ledger::{Books, NotPut, Put},
-    sampling::{Sampling, Weight},
+    sampling::{self, Sampling, Weight},
 };
 
 use crate::{
-    maps::{self, BLOCKS, SITES, settings},
+    maps::{self, BLOCKS, SITES, UNTIL_SAMPLE, settings},
     stack::Captured,
 };
 
@@ -168,9 +168,13 @@ impl Books for KernelBooks {
     }
 
     #[inline(always)]
-    fn random(&mut self) -> u32 {
+    fn choose(&mut self, size_bytes: u64, interval_bytes: u64) -> bool {
+        let Some(until) = UNTIL_SAMPLE.get_ptr_mut(0) else { return true };
         // SAFETY: the helper has no preconditions.
-        unsafe { bpf_get_prandom_u32() }
+        let random = || unsafe { bpf_get_prandom_u32() };
+        // SAFETY: the pointer is to this CPU's own slot of a live array map. A program that runs in
+        // between may make a count go missing.
+        sampling::choose(unsafe { &mut *until }, size_bytes, interval_bytes, random)
     }
 
     #[inline(always)]

@@ -56,6 +56,10 @@ pub static COUNTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(COUNTERS, 0)
 #[map]
 pub static COSTS: PerCpuArray<Cost> = PerCpuArray::with_max_entries(1, 0);
 
+/// Bytes until the next block that is chosen, of whatever runs on the CPU.
+#[map]
+pub static UNTIL_SAMPLE: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
+
 #[map]
 pub static RECORDS: RingBuf = RingBuf::with_byte_size(4 << 20, 0);
 
@@ -263,6 +267,12 @@ pub fn counting() -> Option<Sampling> {
 fn sampling(control: &Control) -> Sampling {
     // What is known when a program is loaded costs nothing when it runs.
     if settings::get(&settings::MAY_SAMPLE) == 0 { Sampling::NONE } else { control.sampling }
+}
+
+/// Whether mappings are told of.
+#[inline(always)]
+pub fn tells_mappings() -> bool {
+    CONTROL.get(0).is_none_or(|control| control.mappings != 0)
 }
 
 /// Where [`RECORDED`] counts an address (Fibonacci hashing: Knuth, TAOCP 3, 6.4).

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 
 use leakbpf_common::{
     abi::{Block, BlockKey, Loss, Owner, SiteKey, StackId, Tally},
-    ledger::{Books, NotPut, Put},
-    sampling::{Sampling, Weight},
+    ledger::{self, Books, Call, NotPut, Put, Return, ThreadState},
+    sampling::{self, Sampling, Weight},
 };
 
 /// What went through a site.
@@ -30,6 +30,13 @@ pub struct HostBooks {
     /// Sites count blocks in units of 2^-`COUNT_SHIFT`.
     pub in_fractions: bool,
     pub seed: u64,
+    pub until_sample: u64,
+}
+
+/// A call begins, as the kernel side does it where mappings are told of.
+pub fn begin(thread: &mut ThreadState, books: &mut HostBooks, call: &Call) -> Return {
+    let chosen = ledger::choose(books, call);
+    ledger::enter(thread, books, call, chosen)
 }
 
 impl HostBooks {
@@ -149,9 +156,12 @@ impl Books for HostBooks {
         self.sampling
     }
 
-    fn random(&mut self) -> u32 {
-        assert!(self.sampling.interval_bytes > 0, "every block is recorded");
-        self.any_number()
+    fn choose(&mut self, size_bytes: u64, interval_bytes: u64) -> bool {
+        let mut until = self.until_sample;
+        let random = || self.any_number();
+        let chosen = sampling::choose(&mut until, size_bytes, interval_bytes, random);
+        self.until_sample = until;
+        chosen
     }
 
     fn read_word(&mut self, address: u64) -> Option<u64> {

@@ -12,7 +12,7 @@ use leakbpf_common::{
 };
 use proptest::sample::Index;
 
-use super::books::HostBooks;
+use super::books::{HostBooks, begin};
 
 /// Threads of a process.
 pub const THREADS: usize = 3;
@@ -315,7 +315,7 @@ impl World {
             self.processes[at.0].unknown.retain(|&address| address != pointer);
         } else {
             self.books.memory.insert(stack_pointer, RETURN_ADDRESS);
-            ledger::enter(&mut thread.state, &mut self.books, &call);
+            begin(&mut thread.state, &mut self.books, &call);
             // The kernel sets the return probe after the programs have run.
             self.books.memory.insert(stack_pointer, TRAMPOLINE);
         }
@@ -472,7 +472,7 @@ impl World {
             ledger::free(Some(&mut thread.state), &mut self.books, owner, &call);
         } else {
             thread.nested.push(stack_pointer);
-            ledger::enter(&mut thread.state, &mut self.books, &call);
+            begin(&mut thread.state, &mut self.books, &call);
         }
     }
 
@@ -503,7 +503,7 @@ impl World {
             second_size: 0,
             pointer: frame.pointer,
         };
-        ledger::enter(&mut thread.state, &mut self.books, &call);
+        begin(&mut thread.state, &mut self.books, &call);
     }
 
     /// Whether a thread can be torn out of what it does without its allocator losing a block.

@@ -7,7 +7,7 @@ use leakbpf_common::{
 };
 
 use super::{
-    books::HostBooks,
+    books::{HostBooks, begin},
     program::{RETURN_ADDRESS, TRAMPOLINE, cookie},
 };
 
@@ -26,7 +26,7 @@ fn enter(thread: &mut ThreadState, books: &mut HostBooks, role: Role, at: u64, p
 
 /// The function that is in flight at `at` ends in a jump to this one.
 fn jump_to(thread: &mut ThreadState, books: &mut HostBooks, role: Role, at: u64, pointer: u64) {
-    ledger::enter(thread, books, &call(cookie(role, SizeRule::First, false), at, 10, pointer));
+    begin(thread, books, &call(cookie(role, SizeRule::First, false), at, 10, pointer));
 }
 
 fn leave(thread: &mut ThreadState, books: &mut HostBooks, at: u64, result: u64) {
@@ -161,7 +161,7 @@ fn a_realloc_of_size_zero_that_jumps_to_free_releases_the_block() {
     let (mut thread, mut books) = start();
     malloc(&mut thread, &mut books, STACK, 0x1000);
     let shrink = call(cookie(Role::Reallocate, SizeRule::First, false), STACK, 0, 0x1000);
-    ledger::enter(&mut thread, &mut books, &shrink);
+    begin(&mut thread, &mut books, &shrink);
     free(&mut thread, &mut books, STACK, 0x1000);
     leave(&mut thread, &mut books, STACK, 0);
     assert!(books.blocks.is_empty());
@@ -183,7 +183,7 @@ fn of_two_calls_at_one_stack_pointer_the_first_is_the_programs() {
     let (mut thread, mut books) = start();
     enter(&mut thread, &mut books, Role::Allocate, STACK, 0);
     let rounded = call(cookie(Role::Allocate, SizeRule::First, false), STACK, 4096, 0);
-    ledger::enter(&mut thread, &mut books, &rounded);
+    begin(&mut thread, &mut books, &rounded);
     leave(&mut thread, &mut books, STACK, 0x1000);
     leave(&mut thread, &mut books, STACK, 0x1000);
     let sizes: Vec<u64> = books.blocks.values().map(|block| block.size_bytes).collect();
@@ -198,7 +198,7 @@ fn a_resize_in_place_gets_no_more_than_it_asked_for() {
     let mut grow = call(cookie(Role::ResizeInPlace, SizeRule::Sum, false), STACK, 100, 0x1000);
     grow.second_size = 50;
     for (result, size_bytes) in [(120, 120), (192, 150), (96, 150)] {
-        ledger::enter(&mut thread, &mut books, &grow);
+        begin(&mut thread, &mut books, &grow);
         leave(&mut thread, &mut books, STACK, result);
         let sizes: Vec<u64> = books.blocks.values().map(|block| block.size_bytes).collect();
         assert_eq!(sizes, [size_bytes], "xallocx returned {result}");
@@ -211,9 +211,9 @@ fn a_call_that_threw_does_not_hide_the_next_one_of_its_caller() {
     let mut throws = cookie(Role::Allocate, SizeRule::First, false);
     throws.returns_unprobed = true;
     books.memory.insert(STACK, RETURN_ADDRESS);
-    ledger::enter(&mut thread, &mut books, &call(throws, STACK, 1 << 60, 0));
+    begin(&mut thread, &mut books, &call(throws, STACK, 1 << 60, 0));
     // The exception has passed; the same line asks for less.
-    ledger::enter(&mut thread, &mut books, &call(throws, STACK, 10, 0));
+    begin(&mut thread, &mut books, &call(throws, STACK, 10, 0));
     malloc(&mut thread, &mut books, STACK - 64, 0x2000);
     books.memory.insert(STACK, RETURN_ADDRESS);
     leave(&mut thread, &mut books, STACK, 0x1000);
@@ -234,7 +234,7 @@ fn an_allocator_is_known_to_run_without_its_return_until_its_caller_calls_someth
     };
     assert!(!inside(&thread, &books, STACK - 100));
 
-    let ends = ledger::enter(&mut thread, &mut books, &call(cookie, STACK, 10, 0));
+    let ends = begin(&mut thread, &mut books, &call(cookie, STACK, 10, 0));
     assert_eq!((ends, thread.depth), (Return::Unwatched, 0));
     // `mmap` for a new heap.
     assert!(inside(&thread, &books, STACK - 100));
@@ -248,7 +248,7 @@ fn an_allocator_is_known_to_run_without_its_return_until_its_caller_calls_someth
 
     // A call whose end is watched is in flight until then.
     books.sampling = Sampling::NONE;
-    let ends = ledger::enter(&mut thread, &mut books, &call(cookie, STACK, 10, 0));
+    let ends = begin(&mut thread, &mut books, &call(cookie, STACK, 10, 0));
     assert_eq!(ends, Return::Watched);
     assert!(inside(&thread, &books, STACK + 100));
     leave(&mut thread, &mut books, STACK, 0x1000);

@@ -345,6 +345,7 @@ impl Kernel {
         if self.attach_mapping_functions().is_ok() {
             return Ok(MappingEvents::Functions);
         }
+        self.switch(Control { mappings: 1, ..self.switches })?;
         MAPPING_TRACEPOINTS.into_iter().try_for_each(|event| self.attach_tracepoint(event))?;
         Ok(MappingEvents::Tracepoints)
     }
@@ -374,6 +375,7 @@ impl Kernel {
         for (program, function) in MAPPING_ENDS {
             self.program::<FExit>(program)?.load(function, &btf).map_err(failed(program))?;
         }
+        self.switch(Control { mappings: 1, ..self.switches })?;
         for (program, _) in MAPPING_BEGINS {
             self.program::<FEntry>(program)?.attach().map_err(failed(program))?;
         }
