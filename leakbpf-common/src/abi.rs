@@ -117,7 +117,9 @@ pub struct Cost {
     /// How often one ran.
     pub hits: u64,
     /// How often at a return that nobody waits for when its block is not chosen.
-    pub spared_by_sampling: u64,
+    pub optional_returns: u64,
+    /// Such returns at which none ran.
+    pub returns_let_go: u64,
     /// The one that is timed next.
     pub next_timed: u64,
     /// How many were timed, and how long those took.

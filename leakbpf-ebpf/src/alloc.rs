@@ -52,7 +52,7 @@ pub extern "C" fn alloc_call(ctx: *mut c_void) -> u32 {
     if place != probed {
         meter::run(|| {
             if settings::get(&settings::MAY_SAMPLE) != 0 && cookie(&ctx)?.return_optional {
-                meter::spared_by_sampling();
+                meter::optional_return();
             }
             finish(ctx.regs)
         });
@@ -60,7 +60,10 @@ pub extern "C" fn alloc_call(ctx: *mut c_void) -> u32 {
     }
     match meter::run(|| begin(&ctx)) {
         Some(Return::Watched) => 0,
-        Some(Return::Unwatched) | None => NO_PROBE_AT_THE_END,
+        Some(Return::Unwatched) | None => {
+            meter::let_return_go();
+            NO_PROBE_AT_THE_END
+        }
     }
 }
 

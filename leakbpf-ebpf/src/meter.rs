@@ -16,12 +16,21 @@ pub fn run<T>(work: impl FnOnce() -> Option<T>) -> Option<T> {
     result
 }
 
-/// This run would be spared if blocks were sampled.
+/// This run is at a return that need not be seen when its block is not chosen.
 #[inline(always)]
-pub fn spared_by_sampling() {
+pub fn optional_return() {
     if let Some(cost) = COSTS.get_ptr_mut(0) {
         // SAFETY: as in `begin`.
-        unsafe { (*cost).spared_by_sampling += 1 };
+        unsafe { (*cost).optional_returns += 1 };
+    }
+}
+
+/// There will be no run at the return of this call.
+#[inline(always)]
+pub fn let_return_go() {
+    if let Some(cost) = COSTS.get_ptr_mut(0) {
+        // SAFETY: as in `begin`.
+        unsafe { (*cost).returns_let_go += 1 };
     }
 }
 

@@ -503,7 +503,8 @@ impl Kernel {
             .map_err(|error| KernelError::Map { map: "COSTS", source: io::Error::other(error) })?;
         let mut sum = Cost::default();
         for CostEntry(cost) in values.iter() {
-            sum.spared_by_sampling += cost.spared_by_sampling;
+            sum.optional_returns += cost.optional_returns;
+            sum.returns_let_go += cost.returns_let_go;
             sum.hits += cost.hits;
             sum.timed += cost.timed;
             sum.timed_ns += cost.timed_ns;

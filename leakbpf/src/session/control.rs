@@ -275,7 +275,7 @@ impl Control {
         Ok(window)
     }
 
-    fn why_closed(&self, watch: &mut Watch, window: Window) -> Result<String, SessionError> {
+    fn why_closed(&mut self, watch: &mut Watch, window: Window) -> Result<String, SessionError> {
         let time = window.closed_ns.saturating_sub(window.opened_ns);
         let spent = self.meter.read(watch)?.spent_ns.saturating_sub(self.opened_spent_ns);
         let what = match self.method {

@@ -32,11 +32,20 @@ pub struct Meter {
     /// What a probe costs without what its program does.
     trap: Duration,
     page_interval: Option<u32>,
+    /// Returns at which no program ran, as far as they are looked at already; and how many of those were
+    /// traps all the same.
+    let_go: u64,
+    trapped: u64,
 }
 
 impl Meter {
     pub fn new(method: Method) -> Self {
-        Self { trap: calibration::USUAL_TRAP, page_interval: method.page_interval() }
+        Self {
+            trap: calibration::USUAL_TRAP,
+            page_interval: method.page_interval(),
+            let_go: 0,
+            trapped: 0,
+        }
     }
 
     pub fn calibrate(&mut self, trap: Duration) {
@@ -44,7 +53,7 @@ impl Meter {
     }
 
     /// What was used since the session began.
-    pub fn read(&self, watch: &mut Watch) -> Result<Reading, SessionError> {
+    pub fn read(&mut self, watch: &mut Watch) -> Result<Reading, SessionError> {
         Ok(Reading {
             at_ns: monotonic_ns(),
             target_cpu_ns: nanoseconds(watch.cpu_time()),
@@ -53,12 +62,16 @@ impl Meter {
         })
     }
 
-    fn spent_ns(&self, watch: &Watch) -> Result<u64, SessionError> {
+    fn spent_ns(&mut self, watch: &Watch) -> Result<u64, SessionError> {
         let trap = self.trap.as_nanos() as f64;
         let cost = watch.kernel.cost()?;
+        if watch.probes_side_by_side() {
+            self.trapped += cost.returns_let_go.saturating_sub(self.let_go);
+        }
+        self.let_go = cost.returns_let_go;
         let program = program_ns(&cost).unwrap_or_default();
-        let on_hits = cost.hits as f64 * (trap + program) * (1.0 + BEYOND);
-        Ok((on_hits + self.spent_on_faults_ns(watch)?) as u64)
+        let on_hits = cost.hits as f64 * (trap + program) + self.trapped as f64 * trap;
+        Ok((on_hits * (1.0 + BEYOND) + self.spent_on_faults_ns(watch)?) as u64)
     }
 
     fn spent_on_faults_ns(&self, watch: &Watch) -> Result<f64, SessionError> {
@@ -70,22 +83,27 @@ impl Meter {
     }
 
     /// What would be left of the cost if blocks were sampled; none when that would not spare much.
-    pub fn left_by_sampling(&self, interval_bytes: u32, watch: &Watch) -> Option<f64> {
+    pub fn left_by_sampling(&mut self, interval_bytes: u32, watch: &Watch) -> Option<f64> {
         if interval_bytes < LEAST_SAMPLE_INTERVAL {
             return None;
         }
         let trap = self.trap.as_nanos() as f64;
         let cost = watch.kernel.cost().ok()?;
         let program = program_ns(&cost)?;
-        let gone = cost.spared_by_sampling as f64;
+        let gone = cost.optional_returns as f64;
         let left = cost.hits as f64 - gone;
-        let spared = (program - trap * UNCHOSEN_IN_TRAPS) * left + (program + trap) * gone;
+        let of_return = if watch.probes_side_by_side() { program } else { program + trap };
+        let spared = (program - trap * UNCHOSEN_IN_TRAPS) * left + of_return * gone;
         let spared = spared * (1.0 + BEYOND);
         Some(1.0 - spared / self.spent_ns(watch).ok()? as f64)
     }
 
     /// For a profile.
-    pub fn cost(&self, watch: &mut Watch, method: Method) -> Result<profile::Cost, SessionError> {
+    pub fn cost(
+        &mut self,
+        watch: &mut Watch,
+        method: Method,
+    ) -> Result<profile::Cost, SessionError> {
         let reading = self.read(watch)?;
         let (agent_cpu, agent_peak_rss_bytes) = cpu_time::own();
         Ok(profile::Cost {

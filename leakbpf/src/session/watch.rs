@@ -164,6 +164,12 @@ impl Watch {
         self.placed.values().map(Placed::len).sum()
     }
 
+    /// Whether processes have probes of their own in the same libraries: the kernel then asks those of all
+    /// at each hit, and one of another process never does without the return.
+    pub fn probes_side_by_side(&self) -> bool {
+        self.placed.len() > 1
+    }
+
     /// Takes a running process in. Its memory is new to the session: only what it allocates from
     /// now on is known.
     pub fn attach(&mut self, pid: Pid) -> Result<Attached, SessionError> {
