@@ -230,9 +230,9 @@ fn the_time_of_children_that_end_before_anybody_looks_counts() {
     fs::remove_file(&times).expect("a file");
     let truth: f64 = said.lines().map(seconds).sum();
     assert!(truth > 0.2, "{said}");
-    // The kernel's account of a thread is up to a tick old when it ends.
+    // The kernel's account of a thread is up to a tick old when it ends, and its last work comes after.
     let share = profile.cost.target_cpu_ns as f64 / 1e9 / truth;
-    assert!((0.8..1.1).contains(&share), "{share} of {truth} s");
+    assert!((0.7..1.1).contains(&share), "{share} of {truth} s");
 }
 
 #[test]
