@@ -118,7 +118,7 @@ pub struct Cost {
     pub hits: u64,
     /// How often at a return that nobody waits for when its block is not chosen.
     pub optional_returns: u64,
-    /// Such returns at which none ran.
+    /// Calls whose return is not seen: those whose block is not chosen, and such as do not count.
     pub returns_let_go: u64,
     /// The one that is timed next.
     pub next_timed: u64,
@@ -573,7 +573,7 @@ pub struct PageRecord {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct EndedRecord {
     pub head: RecordHead,
-    /// Processor time of all its threads, ever.
+    /// Processor time of its threads since it began, but for what the kernel has not added up yet.
     pub cpu_ns: u64,
 }
 

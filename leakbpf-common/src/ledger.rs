@@ -230,11 +230,13 @@ impl ThreadState {
         if self.depth != 0 {
             return true;
         }
-        // Whatever its caller calls next puts another return address there.
+        // Whatever its caller calls next puts another return address there, unless it calls from the same
+        // place. Probes of others may have put a trampoline there.
         let Unwatched { stack_pointer: entry, return_address } = self.unwatched;
         stack_pointer < entry
             && entry - stack_pointer < NESTING_BYTES
-            && read_word(entry).is_some_and(|word| word == return_address || is_trampoline(word))
+            && read_word(entry)
+                .is_some_and(|word| word != 0 && (word == return_address || is_trampoline(word)))
     }
 
     /// Forgets the innermost call: it will not return. A block that it held aside is still the

@@ -170,7 +170,9 @@ fn begin(ctx: &ProbeContext) -> Option<Return> {
     let call = call(ctx, cookie(ctx)?);
     let mut books = KernelBooks::new(sampling);
     let chosen = ledger::choose(&mut books, &call);
-    if ledger::leaves_no_trace(&call, chosen) && !maps::tells_mappings() {
+    // Where every process is watched, the first call tells of a new one.
+    let known = settings::get(&settings::WATCH_ALL) == 0;
+    if known && ledger::leaves_no_trace(&call, chosen) && !maps::tells_mappings() {
         return Some(Return::Unwatched);
     }
     let thread = thread_state(bpf_get_current_pid_tgid())?;

@@ -20,7 +20,8 @@ pub fn word(structure: u64, offset: &'static u32) -> u64 {
 }
 
 /// Processor time of a process whose last thread, the current one, ends (kernel/sched/cputime.c,
-/// `thread_group_cputime`); none while others go on, and where the kernel does not tell.
+/// `thread_group_cputime`); none while others go on, and where the kernel does not tell. Threads that end at
+/// the same moment may be missing.
 #[inline(always)]
 pub fn process_time_at_end() -> Option<u64> {
     if settings::get(&settings::TASK_SIGNAL) == 0 {

@@ -241,6 +241,9 @@ fn an_allocator_is_known_to_run_without_its_return_until_its_caller_calls_someth
     // By a function above the caller, and on another stack.
     assert!(!inside(&thread, &books, STACK + 100));
     assert!(!inside(&thread, &books, STACK - NESTING_BYTES));
+    // Somebody else's variable is there now.
+    books.memory.insert(STACK, 0);
+    assert!(!inside(&thread, &books, STACK - 100));
     // The caller calls `mmap` itself.
     books.memory.insert(STACK, RETURN_ADDRESS + 16);
     assert!(!inside(&thread, &books, STACK));

@@ -179,6 +179,14 @@ pub fn multi_is_by_process(program: BorrowedFd<'_>) -> bool {
     error.is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL))
 }
 
+/// Whether a program of [`Use::Call`] can be linked. Kernels before 6.13 load it all the same; those that
+/// know the link find that `/` is no file to probe (kernel/trace/bpf_trace.c, `bpf_uprobe_multi_link_attach`).
+pub fn multi_has_calls(program: BorrowedFd<'_>) -> bool {
+    let site = [Site { file_offset: 1, cookie: 0 }];
+    let error = link_multi(program, (Use::Call, false), c"/", &site, 0);
+    error.is_err_and(|error| error.raw_os_error() == Some(libc::EBADF))
+}
+
 /// Number of the uprobe PMU.
 fn uprobe_type() -> io::Result<u32> {
     static TYPE: OnceLock<u32> = OnceLock::new();

@@ -25,7 +25,7 @@ use leakbpf_common::{
 use super::{
     attach::{
         Link, Site, Use, attach, attach_multi, attach_page_faults, attach_tracepoint,
-        multi_is_by_process,
+        multi_has_calls, multi_is_by_process,
     },
     fdinfo,
     program::{ProgramError, Programs},
@@ -428,14 +428,10 @@ impl Kernel {
     ) -> Placing {
         let mut placing = Placing::default();
         for &site in sites {
-            for &program in program.single() {
-                match self.place_one(program, file, site, pid) {
-                    Ok(link) => placing.links.push(link),
-                    Err(error) => {
-                        placing.refused.push((site, error));
-                        break;
-                    }
-                }
+            let links = program.single().iter().map(|&one| self.place_one(one, file, site, pid));
+            match links.collect::<Result<Vec<_>, _>>() {
+                Ok(links) => placing.links.extend(links),
+                Err(error) => placing.refused.push((site, error)),
             }
         }
         placing
@@ -559,10 +555,13 @@ fn try_load_multi(ebpf: &Ebpf) -> Result<HashMap<Program, OwnedFd>, ProgramError
     let mut loaded = HashMap::new();
     for program in Program::ALL {
         match programs.load(program.name(), program.purpose()) {
+            // Newer than the others.
+            Ok(fd) if program.purpose() == Use::Call && !multi_has_calls(fd.as_fd()) => {
+                log::debug!("no sessions of uprobes");
+            }
             Ok(fd) => {
                 loaded.insert(program, fd);
             }
-            // Newer than the others.
             Err(error) if program.purpose() == Use::Call => {
                 log::debug!("no sessions of uprobes: {}", chain(&error));
             }

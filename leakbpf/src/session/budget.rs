@@ -44,9 +44,9 @@ const FORGETTING_NS: f64 = 120e9;
 /// Whether samples are cheap enough is judged by the load of such a time.
 const MOMENTS_NS: f64 = 1e9;
 
-/// What a session that begins to sample may spend at first, as a time of earning: what it had is used up,
-/// and the first moment must not end it.
-const SAMPLING_CREDIT_NS: f64 = 1e9;
+/// What a session that has just become cheaper may spend at first, as a time of earning: what it had is
+/// used up, and the first moment must not end it.
+const FRESH_CREDIT_NS: f64 = 1e9;
 
 /// Least credit that opens a window.
 const LEAST_CREDIT_NS: f64 = 1e6;
@@ -155,12 +155,15 @@ impl Budget {
     pub fn begin_sampling(&mut self, now: Reading) {
         self.take_in(now);
         self.sampled = true;
-        self.credit_ns = self.earning_rate() * SAMPLING_CREDIT_NS;
+        self.credit_ns = self.earning_rate() * FRESH_CREDIT_NS;
     }
 
     /// Page faults are looked at no more.
     pub fn stopped_pages(&mut self) {
+        self.cost_now -= self.faults_now;
         self.faults_now = 0.0;
+        // What they have used up must not end what the probes alone can afford.
+        self.credit_ns = self.credit_ns.max(self.earning_rate() * FRESH_CREDIT_NS);
     }
 
     /// What to do now. `left` tells what would be left of the cost if blocks were sampled; none when
@@ -175,6 +178,9 @@ impl Budget {
             if self.credit_ns >= least && !over {
                 return Step::Stay;
             }
+            if !over && self.faults_are_dear() {
+                return Step::StopPages;
+            }
             if self.sampled || over {
                 return Step::Close;
             }
@@ -183,11 +189,16 @@ impl Budget {
         }
         if self.credit_ns >= self.enough_ns() {
             Step::Open
-        } else if self.credit_ns < 0.0 && self.faults_now > self.earned_now() {
+        } else if self.credit_ns < 0.0 && self.faults_are_dear() {
             Step::StopPages
         } else {
             Step::Stay
         }
+    }
+
+    /// They cost more than is earned, whatever becomes of the probes.
+    fn faults_are_dear(&self) -> bool {
+        self.faults_now > self.earned_now()
     }
 
     /// What is earned per time, in the last moments.

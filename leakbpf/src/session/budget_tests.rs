@@ -247,13 +247,10 @@ fn page_faults_that_alone_cost_more_than_the_share_are_looked_at_no_more() {
     let mut simulation = Simulation::new(0.01);
     simulation.faults = 0.15;
     simulation.run(Load { ms: 60_000, processors: 1.0, price: 0.002 });
-    let stops: Vec<_> =
-        simulation.steps.iter().filter(|(_, step)| *step == Step::StopPages).collect();
-    assert_eq!(stops.len(), 1, "{:?}", simulation.steps);
-    assert!(stops[0].0 < 1000 * MS, "{:?}", simulation.steps);
+    // What probes cost is little, and they stay.
+    let [(at_ns, Step::StopPages)] = simulation.steps[..] else { panic!("{:?}", simulation.steps) };
+    assert!(at_ns < 200 * MS, "{at_ns}");
     assert!(simulation.share() < 0.01, "{}", simulation.share());
-    // What probes cost is little, and they come back to stay.
-    assert!(simulation.budget.is_open());
 }
 
 #[test]

@@ -204,6 +204,10 @@ impl Placed {
         self.probes == 0
     }
 
+    pub fn files(&self) -> impl Iterator<Item = FileId> {
+        self.files.iter().copied()
+    }
+
     pub fn into_links(self) -> Vec<Link> {
         self.links
     }

@@ -365,6 +365,8 @@ impl<'a> Session<'a> {
     pub fn finish(mut self, output: OutputFile) -> Result<(), SessionError> {
         self.watch.kernel.enable(false)?;
         let now_ns = monotonic_ns();
+        // The cost of a hit depends on what probes there are.
+        self.control.meter.read(&mut self.watch)?;
         self.watch.detach();
         self.watch.kernel.detach_page_faults();
         self.drain();

@@ -167,7 +167,8 @@ impl Watch {
     /// Whether processes have probes of their own in the same libraries: the kernel then asks those of all
     /// at each hit, and one of another process never does without the return.
     pub fn probes_side_by_side(&self) -> bool {
-        self.placed.len() > 1
+        let mut files = HashSet::new();
+        self.placed.values().flat_map(Placed::files).any(|file| !files.insert(file))
     }
 
     /// Takes a running process in. Its memory is new to the session: only what it allocates from
@@ -439,13 +440,16 @@ impl Watch {
         let pid = Pid(exec.head.owner.tgid());
         let mut former = None;
         let mut used = cpu_time::of(pid);
+        if exec.old_flags & process_flags::BORROWS_MEMORY != 0 {
+            used = Some(Duration::ZERO);
+        }
         if exec.old_flags & process_flags::BORROWS_MEMORY == 0
             && let Some(id) = self.life_of(exec.old)
         {
             former = Some(id);
             let before = &mut self.lives[id.0].cpu_time;
             before.at_least(used.unwrap_or_default());
-            used = before.last();
+            used = before.last().or(used);
             self.lives[id.0].process.end.get_or_insert_with(|| ENDED_BY_EXEC.to_owned());
             self.lives[id.0].end_pages();
         }
