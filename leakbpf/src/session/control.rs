@@ -152,7 +152,7 @@ impl Control {
         let left = || match self.method {
             // What was missed can't be made up for.
             Method::Auto { interval_bytes, .. } if self.unbroken => {
-                self.meter.left_by_sampling(interval_bytes, watch)
+                self.meter.left_by_sampling(interval_bytes, now, watch)
             }
             _ => None,
         };

@@ -54,15 +54,17 @@ impl Meter {
 
     /// What was used since the session began.
     pub fn read(&mut self, watch: &mut Watch) -> Result<Reading, SessionError> {
+        let on_hits = self.spent_on_hits_ns(watch)?;
+        let on_faults = self.spent_on_faults_ns(watch)?;
         Ok(Reading {
             at_ns: monotonic_ns(),
             target_cpu_ns: nanoseconds(watch.cpu_time()),
-            spent_ns: self.spent_ns(watch)?,
-            spent_on_faults_ns: self.spent_on_faults_ns(watch)? as u64,
+            spent_ns: (on_hits + on_faults) as u64,
+            spent_on_faults_ns: on_faults as u64,
         })
     }
 
-    fn spent_ns(&mut self, watch: &Watch) -> Result<u64, SessionError> {
+    fn spent_on_hits_ns(&mut self, watch: &Watch) -> Result<f64, SessionError> {
         let trap = self.trap.as_nanos() as f64;
         let cost = watch.kernel.cost()?;
         if watch.probes_side_by_side() {
@@ -71,7 +73,7 @@ impl Meter {
         self.let_go = cost.returns_let_go;
         let program = program_ns(&cost).unwrap_or_default();
         let on_hits = cost.hits as f64 * (trap + program) + self.trapped as f64 * trap;
-        Ok((on_hits * (1.0 + BEYOND) + self.spent_on_faults_ns(watch)?) as u64)
+        Ok(on_hits * (1.0 + BEYOND))
     }
 
     fn spent_on_faults_ns(&self, watch: &Watch) -> Result<f64, SessionError> {
@@ -82,8 +84,13 @@ impl Meter {
         Ok((faults * FAULT_IN_TRAPS + chosen * CHOSEN_FAULT_IN_TRAPS) * trap)
     }
 
-    /// What would be left of the cost if blocks were sampled; none when that would not spare much.
-    pub fn left_by_sampling(&mut self, interval_bytes: u32, watch: &Watch) -> Option<f64> {
+    /// What would be left of the cost up to `now` if blocks were sampled; none when that would not spare much.
+    pub fn left_by_sampling(
+        &self,
+        interval_bytes: u32,
+        now: Reading,
+        watch: &Watch,
+    ) -> Option<f64> {
         if interval_bytes < LEAST_SAMPLE_INTERVAL {
             return None;
         }
@@ -95,7 +102,7 @@ impl Meter {
         let of_return = if watch.probes_side_by_side() { program } else { program + trap };
         let spared = (program - trap * UNCHOSEN_IN_TRAPS) * left + of_return * gone;
         let spared = spared * (1.0 + BEYOND);
-        Some(1.0 - spared / self.spent_ns(watch).ok()? as f64)
+        Some(1.0 - spared / now.spent_ns as f64)
     }
 
     /// For a profile.
