@@ -105,6 +105,10 @@ impl Function {
     }
 }
 
+/// The prefixes of Redis and FreeBSD ports, of tikv-jemalloc-sys, and of Android's and jemallocator's
+/// other builds.
+const JEMALLOC_PREFIXES: [&str; 4] = ["je_", "_rjem_", "rjem_", "jemalloc_"];
+
 /// What the function of that symbol does, if it is an allocator's. A symbol version
 /// (`malloc@@GLIBC_2.2.5`) is ignored.
 pub fn lookup(symbol: &[u8]) -> Option<Function> {
@@ -127,18 +131,14 @@ pub fn lookup(symbol: &[u8]) -> Option<Function> {
         "mallocx" | "rallocx" | "xallocx" | "dallocx" | "sdallocx" => return jemalloc(name),
         _ => {}
     }
-    // The prefixes of Redis and FreeBSD ports, of tikv-jemalloc-sys, and of Android's and
-    // jemallocator's other builds.
-    ["je_", "_rjem_", "rjem_", "jemalloc_"]
-        .into_iter()
-        .find_map(|prefix| name.strip_prefix(prefix))
-        .and_then(jemalloc)
+    JEMALLOC_PREFIXES.into_iter().find_map(|prefix| name.strip_prefix(prefix)).and_then(jemalloc)
 }
 
 /// A name without what the allocator that it belongs to was built to put before it.
 pub fn plain(name: &str) -> &str {
-    ["__libc_", "tc_", "mi_", "je_", "_rjem_", "rjem_", "jemalloc_"]
+    ["__libc_", "tc_", "mi_"]
         .into_iter()
+        .chain(JEMALLOC_PREFIXES)
         .find_map(|prefix| name.strip_prefix(prefix))
         .unwrap_or(name)
 }
