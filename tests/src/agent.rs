@@ -3,40 +3,19 @@
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use std::{env, fs};
 
-use crate::build::profile_directory;
+use crate::command::leakbpf_command;
 use crate::profile::Profile;
 use crate::{monotonic_ns, require_root};
 
 /// Longest that attaching or the final report may take.
 const PATIENCE: Duration = Duration::from_secs(150);
-
-/// A `leakbpf` command line without arguments. The program is built on first use; `LEAKBPF`
-/// names another one.
-pub fn leakbpf_command() -> Command {
-    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    Command::new(PROGRAM.get_or_init(|| {
-        if let Some(path) = env::var_os("LEAKBPF") {
-            return path.into();
-        }
-        let directory = profile_directory();
-        let mut build = Command::new(env!("CARGO"));
-        build.args(["build", "--quiet", "-p", "leakbpf", "--bin", "leakbpf"]);
-        if directory.ends_with("release") {
-            build.arg("--release");
-        }
-        let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-        let status = build.current_dir(workspace).status().expect("cargo starts");
-        assert!(status.success(), "leakbpf does not build: the reason is above");
-        directory.join("leakbpf")
-    }))
-}
 
 /// How `leakbpf record` is to be started.
 #[derive(Debug, Default)]

@@ -6,13 +6,17 @@
 //! panics with the reason and its remedy: it is test code, and a precondition that does not hold
 //! fails the test instead of skipping it.
 
+// Attaching needs root: a test that does it and is not declared to need the feature must not compile.
+#[cfg(feature = "privileged")]
 mod agent;
 mod books;
 mod build;
+mod command;
 mod compare;
 mod pages;
 mod profile;
 mod refusal;
+#[cfg(feature = "privileged")]
 mod scenario;
 pub mod servers;
 mod services;
@@ -20,16 +24,19 @@ mod storm;
 mod target;
 mod traces;
 
-pub use agent::{Leakbpf, Session, leakbpf_command};
+#[cfg(feature = "privileged")]
+pub use agent::{Leakbpf, Session};
 pub use books::{Books, Event, EventKind, KnownBlock};
 pub use build::{
     Allocator, Program, bare_program, c_library, c_library_without_frame_pointers, c_program,
     c_program_without_frame_pointers, cpp_program, require_file, require_program, rust_program,
 };
+pub use command::leakbpf_command;
 pub use compare::{Difference, assert_heap_equals, heap_difference};
 pub use pages::PageSet;
 pub use profile::{Block, Frame, Process, Profile, Site, Totals};
 pub use refusal::{assert_nothing_written, assert_refused};
+#[cfg(feature = "privileged")]
 pub use scenario::{assert_exact, assert_exact_on, assert_exact_with_oracle};
 pub use services::{Service, free_port};
 pub use storm::{StormLog, assert_storm_explained};
