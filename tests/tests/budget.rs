@@ -108,9 +108,9 @@ fn a_busy_process_pays_no_more_than_the_limit_and_its_leak_is_named() {
     assert_eq!(profile.losses["frees_missed"], 0, "those between windows are no loss");
 }
 
-/// A limit that is a little below what it costs to count every block.
+/// A limit between what it costs to count every block and what samples cost.
 #[test]
-fn blocks_are_sampled_where_counting_them_all_costs_a_little_too_much() {
+fn blocks_are_sampled_where_counting_them_all_costs_too_much() {
     const LEAKED_BLOCKS_A_SECOND: u64 = 8192;
     let mut target = service();
     let serve = |target: &mut Target, ms: u64| {
@@ -123,7 +123,9 @@ fn blocks_are_sampled_where_counting_them_all_costs_a_little_too_much() {
     assert_eq!(all.mode, "exact");
     let all = all.cost.overhead_percent.expect("it worked");
 
-    let limit = format!("{:.2}%", all * 0.92);
+    // Between that and what samples cost, which is some two fifths of it here, and three where the
+    // kernel has no uprobe sessions.
+    let limit = format!("{:.2}%", all * 0.75);
     let arguments = ["--mode", "auto", "--max-overhead", &limit, "--sample-interval", "16KiB"];
     let session = watch(&target, &arguments);
     let leaked = serve(&mut target, 8000).leaked_blocks;
@@ -185,16 +187,24 @@ fn a_storm_has_few_probes_to_fight() {
     assert!(traced / 4.0 > 0.5 * untraced, "{} of {untraced} pairs", traced / 4.0);
 }
 
+const COUNTED_AGAIN: &str = "every allocation is counted again";
+
 #[test]
 fn probes_are_gone_between_windows_and_come_back_when_they_cost_nothing() {
     let mut target = service();
     let session = watch(&target, &["--mode", "auto", "--max-overhead", "10%"]);
     target.run("storm 1000 1");
-    // The debt of the storm is paid off, then the leak is all there is.
-    let leaked = served(&target.run("serve 25000 100 5000")).leaked_blocks;
+    // The debt of the storm is paid off, sooner or later, then the leak is all there is.
+    let mut leaked = 0;
+    for _ in 0..20 {
+        leaked += served(&target.run("serve 5000 100 5000")).leaked_blocks;
+        if session.stdout().contains(COUNTED_AGAIN) {
+            break;
+        }
+    }
     let profile = session.stop();
     let said: Vec<&str> = profile.events.iter().map(|event| event.text.as_str()).collect();
-    assert!(said.iter().any(|text| text.contains("counted again")), "{said:?}");
+    assert!(said.iter().any(|text| text.contains(COUNTED_AGAIN)), "{said:?}");
     assert_ne!(profile.mode, "exact");
     let leak = sites(&profile, "survivor").next().expect("a survivor");
     assert!(is_of(leak, "leak_one"), "{}", leak.describe());
