@@ -14,11 +14,12 @@ use leakbpf_common::{
 use super::{
     SessionError,
     budget::{Budget, Step},
+    clock::monotonic_ns,
     config::Method,
     cost::Meter,
     counting::Counting,
     snapshot::Sites,
-    watch::{Watch, monotonic_ns},
+    watch::Watch,
 };
 use crate::{
     ledger::windows::{Seen, Window, Windows},

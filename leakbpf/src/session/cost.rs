@@ -5,11 +5,7 @@ use std::time::Duration;
 use leakbpf_common::abi::Cost;
 
 use super::{
-    SessionError,
-    budget::Reading,
-    calibration,
-    config::Method,
-    watch::{Watch, monotonic_ns},
+    SessionError, budget::Reading, calibration, clock::monotonic_ns, config::Method, watch::Watch,
 };
 use crate::{process::cpu_time, profile};
 

@@ -4,8 +4,8 @@ use leakbpf_common::abi::StackWalk;
 
 use super::{
     SessionError,
+    clock::monotonic_ns,
     config::{Config, Method, StackMethod, Target},
-    watch::monotonic_ns,
 };
 use crate::{
     preflight::{host::HostFacts, kernel_version::KernelVersion, tracepoint::TracepointFormat},

@@ -9,6 +9,7 @@ mod admission;
 mod announce;
 mod budget;
 mod calibration;
+mod clock;
 pub mod config;
 mod control;
 mod cost;

@@ -2,8 +2,8 @@
 
 use super::{
     SessionError,
+    clock::unix_ns,
     config::{Config, Output},
-    watch::unix_ns,
 };
 use crate::{
     preflight::host::HostFacts,

@@ -14,6 +14,7 @@ use tokio::sync::mpsc;
 use super::{
     SessionError,
     budget::Step,
+    clock::{monotonic_ns, unix_ns},
     config::{Config, Output},
     control::Control,
     fold::{self, Groups},
@@ -22,7 +23,7 @@ use super::{
     signals::Signals,
     snapshot::{Sites, View, loss_names},
     terminal::{self, Progress},
-    watch::{Watch, monotonic_ns, unix_ns},
+    watch::Watch,
 };
 use crate::{
     probe::kernel::KernelError,
