@@ -14,7 +14,7 @@ pub struct Options {
     /// Tests that attach to real processes (root)
     #[arg(long)]
     privileged: bool,
-    /// The exact ledger under another kernel in a virtual machine (root); may be repeated
+    /// The ledger under another kernel in a virtual machine, exact and sampled (root); may be repeated
     #[arg(long, value_name = "VERSION")]
     kernel: Vec<String>,
     /// All of them, with every kernel

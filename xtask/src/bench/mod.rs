@@ -12,6 +12,7 @@ mod soak;
 mod stacks;
 mod table;
 mod tools;
+mod twins;
 mod workloads;
 
 use std::fs;
@@ -85,6 +86,19 @@ enum Question {
         /// Further arguments of `leakbpf record`
         #[arg(last = true, value_name = "FLAGS")]
         further: Vec<String>,
+    },
+    /// Processor time of a unit of work, against a twin under the same load that nobody watches
+    Twins {
+        #[command(flatten)]
+        choice: Choice,
+        #[command(flatten)]
+        flags: Flags,
+        /// Sessions
+        #[arg(long, default_value_t = 5, value_name = "N")]
+        rounds: u32,
+        /// Length of each
+        #[arg(long, default_value_t = 2, value_name = "N")]
+        minutes: u32,
     },
     /// Whether the budget holds for long, under a load that changes every minute
     Soak {
@@ -223,6 +237,11 @@ fn answer(question: &Question) -> Result<()> {
             let span = Duration::from_secs(*seconds);
             let workloads = choice.workloads(&[Kind::Server]);
             ("leak", choice.is_whole(), leak::run(&workloads, mode, span, *rate, further)?)
+        }
+        Question::Twins { choice, flags, rounds, minutes } => {
+            let workloads = choice.workloads(&[Kind::Server]);
+            let arguments = flags.arguments("auto");
+            ("twins", choice.is_whole(), twins::run(&workloads, *rounds, *minutes, &arguments)?)
         }
         Question::Soak { only, flags, minutes, unwatched, dry_run } => {
             let arguments = flags.arguments("auto");

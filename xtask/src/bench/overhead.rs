@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use super::table::{Samples, Table, figure};
+use super::table::{Samples, Table, figure, signed};
 use super::tools::Attached;
 use super::workloads::{Running, Slice, Workload};
 
@@ -128,13 +128,6 @@ fn cpu_us_per_unit(slices: &[Slice; 2]) -> f64 {
 fn p99_us(slices: &[Slice; 2]) -> Option<f64> {
     let [first, second] = slices;
     Some((first.p99_us? + second.p99_us?) / 2.0)
-}
-
-fn signed(value: Option<f64>) -> String {
-    match value {
-        Some(value) => format!("{value:+.2}"),
-        None => figure(None),
-    }
 }
 
 fn range(samples: &Samples) -> String {

@@ -1,21 +1,16 @@
 //! `cargo xtask bench soak`: whether the budget holds for long, under a load that changes.
 //!
-//! Two servers of a kind take turns under the same load, half a second each: one is watched, its twin
-//! is not. So whatever the machine does meets both, and what the watched one takes more for a unit is what
-//! leakbpf costs. How much the two differ by themselves is measured before leakbpf attaches, and after
-//! it is gone.
+//! One of two servers is watched ([`super::twins`]). How much they differ by themselves is measured before
+//! leakbpf attaches, and after it is gone.
 
-use std::fs;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::agent::{Agent, Tracer};
-use super::program;
-use super::table::{Samples, Table, figure};
-use super::workloads::{Running, Workload};
+use super::table::{Samples, Table, figure, signed};
+use super::twins::{Pair, Twins, more};
+use super::workloads::Workload;
 
 /// How much of the time there is a load, minute by minute, in turn; and which, where the workload has
 /// more than one.
@@ -27,87 +22,15 @@ const KINDS: usize = 2;
 /// A load level's time.
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// In each of them both twins have their turn: shorter than what the machine's speed drifts in.
-const CYCLE: Duration = Duration::from_secs(1);
-
-/// What one of the twins did and took.
-#[derive(Debug, Clone, Copy, Default)]
-struct Sum {
-    units: f64,
-    cpu_seconds: f64,
-}
-
-/// Of both, watched and not.
-#[derive(Debug, Clone, Copy, Default)]
-struct Twins {
-    watched: Sum,
-    other: Sum,
-}
-
-impl Twins {
-    fn add(&mut self, more: &Self) {
-        for (sum, more) in [(&mut self.watched, &more.watched), (&mut self.other, &more.other)] {
-            sum.units += more.units;
-            sum.cpu_seconds += more.cpu_seconds;
-        }
+/// Each kind of load for a while, with nobody watching.
+fn compare(pair: &mut Pair, minutes: u32, into: &mut [Twins; KINDS]) -> Result<()> {
+    for turn in 0..minutes as usize {
+        let kind = turn % KINDS;
+        let twins = pair.run((1.0, kind), MINUTE)?;
+        eprintln!("soak: nobody watched, kind {}: {:?}", kind + 1, twins.ratio());
+        into.get_mut(kind).context("a kind")?.add(&twins);
     }
-
-    /// Processor time of a unit, of the watched one to that of the other; `None` without a load.
-    fn ratio(&self) -> Option<f64> {
-        let per_unit = |sum: &Sum| sum.cpu_seconds / sum.units;
-        (self.watched.units > 0.0 && self.other.units > 0.0)
-            .then(|| per_unit(&self.watched) / per_unit(&self.other))
-    }
-}
-
-struct Soak {
-    watched: Running,
-    other: Running,
-    /// Which of the two is the first in the next cycle.
-    turn: bool,
-}
-
-impl Soak {
-    /// A load level for some time.
-    fn run(&mut self, level: (f64, usize), span: Duration) -> Result<Twins> {
-        let (share, kind) = level;
-        self.watched.choose(kind);
-        self.other.choose(kind);
-        let burst = CYCLE.mul_f64(share / 2.0);
-        let before = (self.watched.cpu_seconds()?, self.other.cpu_seconds()?);
-        let mut twins = Twins::default();
-        let begin = Instant::now();
-        let mut cycles = 0;
-        while begin.elapsed() < span {
-            if !burst.is_zero() {
-                for watched in [self.turn, !self.turn] {
-                    let (running, sum) = if watched {
-                        (&mut self.watched, &mut twins.watched)
-                    } else {
-                        (&mut self.other, &mut twins.other)
-                    };
-                    sum.units += running.measure(burst)?.units;
-                }
-                self.turn = !self.turn;
-            }
-            cycles += 1;
-            thread::sleep((CYCLE * cycles).saturating_sub(begin.elapsed()));
-        }
-        twins.watched.cpu_seconds = self.watched.cpu_seconds()? - before.0;
-        twins.other.cpu_seconds = self.other.cpu_seconds()? - before.1;
-        Ok(twins)
-    }
-
-    /// Each kind of load for a while, with nobody watching.
-    fn compare(&mut self, minutes: u32, into: &mut [Twins; KINDS]) -> Result<()> {
-        for turn in 0..minutes as usize {
-            let kind = turn % KINDS;
-            let twins = self.run((1.0, kind), MINUTE)?;
-            eprintln!("soak: nobody watched, kind {}: {:?}", kind + 1, twins.ratio());
-            into.get_mut(kind).context("a kind")?.add(&twins);
-        }
-        Ok(())
-    }
+    Ok(())
 }
 
 /// Runs for `minutes` watched, and for `unwatched_minutes` before and after.
@@ -121,33 +44,22 @@ pub fn run(
         minutes > 0 && unwatched_minutes as usize >= KINDS,
         "at least one minute watched, and one of each of the {KINDS} kinds of load that is not"
     );
-    let mut soak = Soak {
-        watched: Running::start(workload, &Default::default())?,
-        other: Running::start(workload, &Default::default())?,
-        turn: true,
-    };
+    let mut pair = Pair::start(workload)?;
     let mut unwatched = [Twins::default(); KINDS];
     eprintln!("soak: {}", workload.name);
-    soak.compare(unwatched_minutes, &mut unwatched)?;
+    compare(&mut pair, unwatched_minutes, &mut unwatched)?;
 
-    let file = program::folder()?.join(format!("soak-{}.json", workload.name));
-    let _ = fs::remove_file(&file);
-    let output = file.to_string_lossy().into_owned();
-    let mut words = ["-q", "-o", &output].to_vec();
-    words.extend(arguments.iter().map(String::as_str));
-    let agent = Agent::attach_to_group(Tracer::Record, soak.watched.group(), &words)?;
+    let watching = pair.watch(arguments)?;
     let mut by_minute = Vec::new();
     for minute in 0..minutes {
         let number = minute as usize % LEVELS.len();
-        let twins = soak.run(LEVELS[number], MINUTE)?;
+        let twins = pair.run(LEVELS[number], MINUTE)?;
         eprintln!("soak: minute {} of {minutes}: {:?}", minute + 1, twins.ratio());
         by_minute.push((number, twins));
     }
-    agent.stop()?;
-    soak.compare(unwatched_minutes, &mut unwatched)?;
+    let report = watching.stop()?;
+    compare(&mut pair, unwatched_minutes, &mut unwatched)?;
 
-    let text = fs::read_to_string(&file).with_context(|| format!("read {output}"))?;
-    let report: Value = serde_json::from_str(&text).with_context(|| format!("parse {output}"))?;
     let tables = tables(&by_minute, &unwatched);
     Ok(format!(
         "{}, `leakbpf record {}`, {minutes} minutes, and {unwatched_minutes} before and after with nobody \
@@ -156,11 +68,6 @@ pub fn run(
         arguments.join(" "),
         said(&report)
     ))
-}
-
-/// How much more the watched one took, in percent, beyond what the two differ by.
-fn more(twins: &Twins, unwatched: &Twins) -> Option<f64> {
-    Some((twins.ratio()? / unwatched.ratio()? - 1.0) * 100.0)
 }
 
 fn tables(by_minute: &[(usize, Twins)], unwatched: &[Twins; KINDS]) -> String {
@@ -190,8 +97,6 @@ fn tables(by_minute: &[(usize, Twins)], unwatched: &[Twins; KINDS]) -> String {
             taken += all.watched.cpu_seconds;
             expected += all.other.cpu_seconds;
         }
-        let signed =
-            |value: Option<f64>| value.map_or_else(|| figure(None), |value| format!("{value:+.2}"));
         table.row(
             &format!("{:.0} % of the time, kind {}", share * 100.0, kind + 1),
             &[
@@ -223,18 +128,8 @@ fn said(report: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::twins::Sum;
     use super::*;
-
-    #[test]
-    fn what_the_twins_differ_by_themselves_is_no_cost() {
-        let twins = |watched, other| Twins {
-            watched: Sum { units: 10.0, cpu_seconds: watched },
-            other: Sum { units: 20.0, cpu_seconds: other },
-        };
-        let percent = more(&twins(1.01 * 1.1, 2.0), &twins(1.1, 2.0)).expect("both have units");
-        assert!((percent - 1.0).abs() < 1e-9, "{percent}");
-        assert_eq!(more(&Twins::default(), &twins(1.0, 1.0)), None);
-    }
 
     #[test]
     fn the_whole_is_weighed_by_processor_time() {

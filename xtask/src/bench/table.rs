@@ -85,6 +85,11 @@ pub fn figure(value: Option<f64>) -> String {
     if value < 0.0 { format!("-{text}") } else { text }
 }
 
+/// A difference, with its sign; an en dash for what was not measured.
+pub fn signed(value: Option<f64>) -> String {
+    value.map_or_else(|| figure(None), |value| format!("{value:+.2}"))
+}
+
 /// How many times `of` one value is, with a multiplication sign.
 pub fn ratio(value: Option<f64>, of: Option<f64>) -> String {
     match (value, of) {
