@@ -50,14 +50,15 @@ static void go_on(int count, char **arguments) {
     for (int i = 0; i < 10; i++) t_malloc(6000 + (size_t)i);
 }
 
-/* As its first act the child makes blocks of 4100 to 4119 bytes and frees every other one. Says
- * `child PID`. */
+/* fork_at_once [MS]: as its first act, but after MS, the child makes blocks of 4100 to 4119 bytes and
+ * frees every other one. Says `child PID`. */
 static void fork_at_once(int count, char **arguments) {
-    (void)count, (void)arguments;
+    struct timespec pause = {0, count > 1 ? atol(arguments[1]) * 1000000 : 0};
     require(pipe(to_child) == 0 && pipe(from_child) == 0);
     pid_t child = fork();
     require(child >= 0);
     if (child == 0) {
+        if (pause.tv_nsec) nanosleep(&pause, NULL);
         for (size_t i = 0; i < 20; i++) {
             void *volatile block = malloc(4100 + i);
             if (i % 2) free(block);

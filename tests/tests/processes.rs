@@ -50,17 +50,18 @@ fn shared_probes_see_a_child_from_its_first_instruction() {
     }
 }
 
-/// Whether a child of [`Target::run`]`("fork_at_once")` is known completely, or counted as one that is
-/// not, also with probes whose breakpoints stay in a child that hits them.
+/// Whether a child that allocates before, while and after its probes are placed is known completely, or
+/// counted as one that is not, also with probes whose breakpoints stay in a child that hits them.
 #[test]
 fn a_child_that_allocates_before_it_has_probes_is_counted() {
-    const CHILDREN: usize = 5;
+    const CHILDREN: usize = 12;
     for links in ["many", "single"] {
         let mut target = Target::start(&c_program("processes", Allocator::Glibc));
         let session =
             Leakbpf::record().pid(target.pid()).argument(format!("--links={links}")).start();
+        let fork = |child| format!("fork_at_once {}", 3 * child);
         let children: Vec<u32> =
-            (0..CHILDREN).map(|_| child_of(&target.run("fork_at_once"))).collect();
+            (0..CHILDREN).map(|child| child_of(&target.run(&fork(child)))).collect();
         let profile = session.stop();
         let known =
             children.iter().filter(|child| profile.heap_blocks(**child).len() == 10).count();

@@ -75,6 +75,11 @@ pub struct Link {
 }
 
 impl Link {
+    /// Whether it holds many instructions, not a perf event on one.
+    pub fn is_to_many(&self) -> bool {
+        self.many
+    }
+
     /// Whether others can be closed at the same time, so that one grace period of the kernel does
     /// for all. Those of perf events wait for each other (`event_mutex`).
     pub fn closes_with_others(&self) -> bool {

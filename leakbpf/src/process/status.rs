@@ -110,6 +110,12 @@ pub struct Status {
     pub anonymous_resident_bytes: Option<u64>,
     /// Bit n is capability n of capabilities(7).
     pub effective_capabilities: u64,
+    /// As [`Stat::state`], of the first thread.
+    pub state: Option<char>,
+    pub threads: Option<u64>,
+    /// How often the first thread has left a processor, by itself and not.
+    pub voluntary_switches: Option<u64>,
+    pub involuntary_switches: Option<u64>,
 }
 
 impl Status {
@@ -151,6 +157,10 @@ impl Status {
                 }
                 "VmHWM" => status.peak_resident_bytes = kibibytes(value),
                 "RssAnon" => status.anonymous_resident_bytes = kibibytes(value),
+                "State" => status.state = value.chars().next(),
+                "Threads" => status.threads = value.parse().ok(),
+                "voluntary_ctxt_switches" => status.voluntary_switches = value.parse().ok(),
+                "nonvoluntary_ctxt_switches" => status.involuntary_switches = value.parse().ok(),
                 "CapEff" => {
                     status.effective_capabilities = u64::from_str_radix(value, 16).unwrap_or(0);
                 }
@@ -158,6 +168,13 @@ impl Status {
             }
         }
         status
+    }
+
+    /// Of a process with one thread that neither runs nor waits for a processor, a number that is another
+    /// one once it has run.
+    pub fn rests_since(&self) -> Option<u64> {
+        let rests = self.threads == Some(1) && self.state.is_some_and(|state| state != 'R');
+        rests.then_some(self.voluntary_switches?.wrapping_add(self.involuntary_switches?))
     }
 }
 

@@ -63,6 +63,22 @@ fn the_lines_of_status_are_read_whatever_stands_between() {
 }
 
 #[test]
+fn a_process_rests_until_it_has_run() {
+    let rests = |state: &str, threads: u32, voluntary: u64| {
+        let text = format!(
+            "State:\t{state}\nThreads:\t{threads}\nvoluntary_ctxt_switches:\t{voluntary}\n\
+             nonvoluntary_ctxt_switches:\t7\n"
+        );
+        Status::parse(text.as_bytes()).rests_since()
+    };
+    assert!(rests("S (sleeping)", 1, 3).is_some());
+    assert_ne!(rests("S (sleeping)", 1, 3), rests("S (sleeping)", 1, 4));
+    assert_eq!(rests("R (running)", 1, 3), None);
+    assert_eq!(rests("S (sleeping)", 2, 3), None, "others may run");
+    assert_eq!(Status::parse(b"State:\tS (sleeping)\nThreads:\t1\n").rests_since(), None);
+}
+
+#[test]
 fn a_locked_but_unused_shadow_stack_is_none() {
     let status = Status::parse(b"x86_Thread_features:\t\nx86_Thread_features_locked:\tshstk\n");
     assert!(!status.shadow_stack);

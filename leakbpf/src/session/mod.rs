@@ -18,6 +18,7 @@ mod detacher;
 pub mod floor;
 mod fold;
 mod inbox;
+mod inheritance;
 mod jit;
 pub mod life;
 mod limits;

@@ -27,15 +27,10 @@ use crate::{
         Pid,
         mapped_file::MappedFile,
         maps::{Backing, ExecutableFile, FileId, Maps},
-        memory::Memory,
     },
     symbolize::{debuginfod_caches, root},
 };
 use leakbpf_common::abi::{Cookie, Role};
-
-/// What the kernel writes over a probed instruction (arch/x86/include/asm/uprobes.h,
-/// `UPROBE_SWBP_INSN`).
-const INT3: u8 = 0xcc;
 
 /// Largest file that is read into memory because its owner could change it while it is mapped.
 const MAX_READ_BYTES: u64 = 512 << 20;
@@ -212,33 +207,14 @@ impl Placed {
         self.links
     }
 
-    /// Whether a child of the process, which has these `maps`, has not come by any of the
-    /// breakpoints that it inherited. There are two signs of it:
-    /// - Where all probes of an instruction have a link of their own, the kernel takes a
-    ///   breakpoint away when it is first hit in a process that nobody asked to trace
-    ///   (`handler_chain`, `unapply_uprobe` in kernel/events/uprobes.c). It keeps those of links
-    ///   to many places.
-    /// - For the first return probe that a process hits, it maps a page of its own, which forks do
-    ///   not copy (`get_xol_area`). Releases have none; those unseen were of the parent's blocks,
-    ///   or of such that were allocated unseen.
-    pub fn untouched(&self, child: Pid, maps: &Maps) -> bool {
-        self.all_in_place(child, maps)
-            && Maps::of(child).is_ok_and(|now| !now.has_return_probe_page())
+    /// Where they are.
+    pub fn sites(&self) -> impl Iterator<Item = (FileId, u64)> {
+        self.sites.iter().copied()
     }
 
-    /// Whether every site in `pid`'s memory holds a breakpoint.
-    fn all_in_place(&self, pid: Pid, maps: &Maps) -> bool {
-        let Ok(memory) = Memory::open(pid) else { return false };
-        self.sites.iter().all(|(file, offset)| {
-            let address = maps.iter().find_map(|mapping| {
-                let inside = offset.checked_sub(mapping.file_offset)?;
-                let address = mapping.start_avma.checked_add(inside)?;
-                let here = mapping.file_id() == Some(*file) && mapping.contains(address);
-                (here && mapping.permissions.execute).then_some(address)
-            });
-            // A site of a file that is not mapped here can't have been hit.
-            address.is_none_or(|address| memory.byte(address).is_some_and(|byte| byte == INT3))
-        })
+    /// Whether all are links to many places.
+    pub fn all_to_many(&self) -> bool {
+        self.links.iter().all(Link::is_to_many)
     }
 
     /// Places the probes of the files that have none yet; `scope` is the process, or none for
@@ -326,7 +302,7 @@ impl Placed {
                 } else {
                     let enter = site(Program::AllocEnter, probe.enter_file_offset);
                     // Without a return probe, only this one tells that a child was here before it
-                    // had probes of its own: see `Placed::untouched`.
+                    // had probes of its own: see `inheritance`.
                     let alone =
                         scope.is_some() && probe.leave_file_offset.is_none() && !self.together;
                     enters.push(Placement { alone, ..enter });

@@ -10,7 +10,10 @@ use super::{Watch, epochs_and_maps_of, maps_of, probes::MAX_DETACHING};
 use crate::{
     process::{Pid, cpu_time, status::Identity},
     profile::ProcessId,
-    session::life::{CpuTime, ENDED_BY_EXEC, Life},
+    session::{
+        inheritance::Untouched,
+        life::{CpuTime, ENDED_BY_EXEC, Life},
+    },
 };
 
 /// Children that are listed one by one when they were seen late; the rest are only counted.
@@ -52,15 +55,15 @@ impl Watch {
             return;
         }
         let inherited = self.placed.get(&fork.head.owner.tgid());
-        let untouched = inherited.is_some_and(|placed| placed.untouched(pid, &maps));
+        let untouched = inherited.and_then(|placed| Untouched::of(pid, &maps, placed));
         if self.detacher.pending() > MAX_DETACHING {
             self.seen_late(pid, "got no probes: too many children come and go");
             return;
         }
         match self.place(pid, &maps) {
-            Ok(_) if untouched => {}
+            Ok(_) if untouched.is_some_and(|untouched| untouched.still(pid)) => {}
             // A child that is gone already, or that ran before its probes were in place.
-            _ => self.seen_late(pid, "used its allocator before its probes were in place"),
+            _ => self.seen_late(pid, "may have used its allocator before its probes were in place"),
         }
     }
 
