@@ -50,10 +50,11 @@ static void go_on(int count, char **arguments) {
     for (int i = 0; i < 10; i++) t_malloc(6000 + (size_t)i);
 }
 
-/* fork_at_once [MS]: as its first act, but after MS, the child makes blocks of 4100 to 4119 bytes and
- * frees every other one. Says `child PID`. */
+/* fork_at_once [MS [exit|exec]]: as its first act, but after MS, the child makes blocks of 4100 to 4119
+ * bytes and frees every other one; then it stays, unless told otherwise. Says `child PID`. */
 static void fork_at_once(int count, char **arguments) {
     struct timespec pause = {0, count > 1 ? atol(arguments[1]) * 1000000 : 0};
+    const char *end = count > 2 ? arguments[2] : "";
     require(pipe(to_child) == 0 && pipe(from_child) == 0);
     pid_t child = fork();
     require(child >= 0);
@@ -65,6 +66,8 @@ static void fork_at_once(int count, char **arguments) {
         }
         close(to_child[1]);
         if (write(from_child[1], "x", 1) != 1) _exit(1);
+        if (strcmp(end, "exit") == 0) _exit(0);
+        if (strcmp(end, "exec") == 0) execl("/bin/sleep", "sleep", "1", (char *)NULL);
         char byte;
         (void)!read(to_child[0], &byte, 1);
         _exit(0);

@@ -125,7 +125,8 @@ fn blocks_are_sampled_where_counting_them_all_costs_too_much() {
 
     // Between that and what samples cost, which is some two fifths of it here, and three where the
     // kernel has no uprobe sessions.
-    let limit = format!("{:.2}%", all * 0.75);
+    let limit_percent = all * 0.75;
+    let limit = format!("{limit_percent:.2}%");
     let arguments = ["--mode", "auto", "--max-overhead", &limit, "--sample-interval", "16KiB"];
     let session = watch(&target, &arguments);
     let leaked = serve(&mut target, 8000).leaked_blocks;
@@ -153,7 +154,7 @@ fn blocks_are_sampled_where_counting_them_all_costs_too_much() {
     let through = leak.counters.allocated_bytes - leak.counters.freed_bytes;
     assert_eq!(through, leak.counters.live_bytes, "{}", leak.describe());
     let overhead = profile.cost.overhead_percent.expect("it worked");
-    assert!(overhead < all, "{overhead} % where all cost {all} %");
+    assert!(overhead < 1.1 * limit_percent, "{overhead} % where {limit_percent} % is the limit");
 }
 
 #[test]

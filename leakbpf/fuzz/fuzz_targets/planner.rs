@@ -6,9 +6,8 @@ use std::collections::BTreeSet;
 
 use leakbpf::elf::file::ElfFile;
 use leakbpf::probe::discover::{allocators_by_message, discover};
-use leakbpf::probe::planner::Kernel;
 use leakbpf::probe::planner::x86_64::flow::{self, Destination, Onward};
-use leakbpf::probe::planner::x86_64::{self, FunctionCode, kernel};
+use leakbpf::probe::planner::x86_64::{self, FunctionCode};
 use libfuzzer_sys::fuzz_target;
 
 const SVMA: u64 = 0x1000;
@@ -25,24 +24,21 @@ fn file(data: &[u8]) {
     let Ok(file) = ElfFile::parse(data) else {
         return;
     };
-    for emulates_long_nops in [false, true] {
-        let plan = discover(&file, Some(&file), Kernel { emulates_long_nops });
-        for probe in &plan.probes {
-            let offsets = [probe.entry_file_offset, probe.enter_file_offset];
-            for offset in offsets.into_iter().chain(probe.leave_file_offset) {
-                assert!(offset < data.len() as u64, "a probe beyond the file");
-            }
-            assert!(!probe.plan.to_string().is_empty());
+    let plan = discover(&file, Some(&file));
+    for probe in &plan.probes {
+        let offsets = [probe.entry_file_offset, probe.enter_file_offset];
+        for offset in offsets.into_iter().chain(probe.leave_file_offset) {
+            assert!(offset < data.len() as u64, "a probe beyond the file");
         }
-        for skipped in &plan.skipped {
-            assert!(!skipped.reason.to_string().is_empty());
-        }
+        assert!(!probe.plan.to_string().is_empty());
+    }
+    for skipped in &plan.skipped {
+        assert!(!skipped.reason.to_string().is_empty());
     }
     let _ = allocators_by_message(&file);
 }
 
 fn function(choice: u8, code: &[u8]) {
-    let kernel = Kernel { emulates_long_nops: choice & 1 != 0 };
     // Where addresses overflow within the function, or at an ordinary address.
     let svma = if choice & 2 != 0 { u64::MAX - 16 } else { SVMA };
     let size_bytes = match choice >> 2 & 3 {
@@ -58,7 +54,7 @@ fn function(choice: u8, code: &[u8]) {
             (bytes, vec![(svma.wrapping_sub(0x100), cold)])
         }
     };
-    let survey = x86_64::survey(FunctionCode { svma, bytes, size_bytes, cold: &cold }, kernel);
+    let survey = x86_64::survey(FunctionCode { svma, bytes, size_bytes, cold: &cold });
     if let Ok(survey) = survey {
         for arguments in [&[][..], &[0], &[0, 1], &[5, 200]] {
             for needs_return in [false, true] {
@@ -66,12 +62,14 @@ fn function(choice: u8, code: &[u8]) {
                 assert_eq!(plan.leave.is_some(), needs_return);
                 for site in plan.leave.into_iter().chain([plan.enter]) {
                     let rest = bytes.get(site.offset as usize..).expect("a site in the function");
-                    assert!(!rest.is_empty());
+                    assert!(
+                        x86_64::may_be_probed(rest),
+                        "a site where forked children could crash"
+                    );
                 }
             }
         }
     }
-    let _ = kernel::treatment(bytes);
     let _ = flow::import_slot(bytes, svma);
     let from = |address: u64| -> &[u8] {
         let offset = usize::try_from(address.wrapping_sub(svma)).ok();

@@ -7,10 +7,7 @@ use leakbpf::{
     probe::{discover::PlannedProbe, planner::Cost},
     process::{Pid, host as observed_host, maps::Maps, target as observed_target},
     report::printable,
-    session::{
-        placement::{LookedAt, Plans},
-        planner_kernel,
-    },
+    session::placement::{LookedAt, Plans},
 };
 use serde::Serialize;
 
@@ -67,7 +64,7 @@ pub fn run(args: &DoctorArgs) -> Result<u8, Failure> {
         let checks = target::judge(&observed_target::observe(pid, false)?, &facts);
         diagnosis.target = Some(Report { checks });
         let maps = Maps::of(pid)?;
-        let looked_at = Plans::new(planner_kernel(&facts)).of(pid, &maps);
+        let looked_at = Plans::default().of(pid, &maps);
         diagnosis.files = looked_at.into_iter().map(file).collect();
     }
     let verdict = diagnosis

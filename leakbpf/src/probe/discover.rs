@@ -10,7 +10,7 @@ use regex::bytes::Regex;
 use super::functions::{self, Family, Function};
 use super::planner::x86_64::flow::{self, Destination, Onward};
 use super::planner::x86_64::{self, FunctionCode};
-use super::planner::{Kernel, Plan, Refusal, Survey, TailJump};
+use super::planner::{Plan, Refusal, Survey, TailJump};
 use crate::elf::file::{Class, ElfFile, Machine};
 use crate::elf::symbols::{FunctionSymbol, Table};
 
@@ -155,7 +155,7 @@ pub struct LookedAt {
 }
 
 /// Plans a file's probes. `debug` is its separate debug file, if one was found.
-pub fn discover(file: &ElfFile<'_>, debug: Option<&ElfFile<'_>>, kernel: Kernel) -> FilePlan {
+pub fn discover(file: &ElfFile<'_>, debug: Option<&ElfFile<'_>>) -> FilePlan {
     let mut names = Names::default();
     let mut looked_at = LookedAt::default();
     file.visit_functions(&mut |symbol| {
@@ -175,11 +175,14 @@ pub fn discover(file: &ElfFile<'_>, debug: Option<&ElfFile<'_>>, kernel: Kernel)
     }
     let mut plan = FilePlan {
         allocators: names.allocators(),
-        library_event: names.library_event.and_then(|svma| file.code_offset(svma)),
+        library_event: names
+            .library_event
+            .filter(|&svma| x86_64::may_be_probed(file.code(svma, x86_64::LONGEST_INSTRUCTION)))
+            .and_then(|svma| file.code_offset(svma)),
         looked_at,
         ..FilePlan::default()
     };
-    Planning { file, kernel, imports: imports(file), all_imports: OnceCell::new(), names: &names }
+    Planning { file, imports: imports(file), all_imports: OnceCell::new(), names: &names }
         .run(&mut plan);
     plan
 }
@@ -331,7 +334,6 @@ impl Names {
 
 struct Planning<'a> {
     file: &'a ElfFile<'a>,
-    kernel: Kernel,
     names: &'a Names,
     /// By slot of the global offset table: the allocator function that it is filled with.
     imports: BTreeMap<u64, String>,
@@ -463,15 +465,12 @@ impl Planning<'_> {
             .take(MAX_COLD_PARTS)
             .map(|&(svma, size)| (svma, self.file.code(svma, size.min(MAX_COLD_BYTES) as usize)))
             .collect();
-        x86_64::survey(
-            FunctionCode {
-                svma,
-                bytes: self.file.code(svma, limit(candidate.size_bytes)),
-                size_bytes: candidate.size_bytes,
-                cold: &cold,
-            },
-            self.kernel,
-        )
+        x86_64::survey(FunctionCode {
+            svma,
+            bytes: self.file.code(svma, limit(candidate.size_bytes)),
+            size_bytes: candidate.size_bytes,
+            cold: &cold,
+        })
     }
 
     /// The function that this one only jumps to, if that one is probed and sees the same arguments.
@@ -601,7 +600,7 @@ impl Planning<'_> {
     fn is_probable(&self, svma: u64) -> bool {
         let bytes = self.file.code(svma, 64);
         let entry = FunctionCode { svma, bytes, size_bytes: 0, cold: &[] };
-        self.file.code_offset(svma).is_some() && x86_64::survey(entry, self.kernel).is_ok()
+        self.file.code_offset(svma).is_some() && x86_64::survey(entry).is_ok()
     }
 
     /// The allocator function at an address, or behind the import stub there, where a call will be

@@ -64,6 +64,11 @@ impl Stat {
         !self.first_thread_ended()
     }
 
+    /// Whether its only thread sleeps or is stopped. One in `D` may wait for a `vfork` child in its memory.
+    fn rests(&self) -> bool {
+        self.threads == 1 && matches!(self.state, 'S' | 'T' | 't')
+    }
+
     fn first_thread_ended(&self) -> bool {
         matches!(self.state, 'Z' | 'X' | 'x')
     }
@@ -110,12 +115,6 @@ pub struct Status {
     pub anonymous_resident_bytes: Option<u64>,
     /// Bit n is capability n of capabilities(7).
     pub effective_capabilities: u64,
-    /// As [`Stat::state`], of the first thread.
-    pub state: Option<char>,
-    pub threads: Option<u64>,
-    /// How often the first thread has left a processor, by itself and not.
-    pub voluntary_switches: Option<u64>,
-    pub involuntary_switches: Option<u64>,
 }
 
 impl Status {
@@ -157,10 +156,6 @@ impl Status {
                 }
                 "VmHWM" => status.peak_resident_bytes = kibibytes(value),
                 "RssAnon" => status.anonymous_resident_bytes = kibibytes(value),
-                "State" => status.state = value.chars().next(),
-                "Threads" => status.threads = value.parse().ok(),
-                "voluntary_ctxt_switches" => status.voluntary_switches = value.parse().ok(),
-                "nonvoluntary_ctxt_switches" => status.involuntary_switches = value.parse().ok(),
                 "CapEff" => {
                     status.effective_capabilities = u64::from_str_radix(value, 16).unwrap_or(0);
                 }
@@ -169,13 +164,20 @@ impl Status {
         }
         status
     }
+}
 
-    /// Of a process with one thread that neither runs nor waits for a processor, a number that is another
-    /// one once it has run.
-    pub fn rests_since(&self) -> Option<u64> {
-        let rests = self.threads == Some(1) && self.state.is_some_and(|state| state != 'R');
-        rests.then_some(self.voluntary_switches?.wrapping_add(self.involuntary_switches?))
-    }
+/// Of a process whose only thread sleeps or is stopped: how often it has been given a processor. Another
+/// number means that it has run.
+pub fn rests_since(pid: Pid) -> Option<u64> {
+    let stat = Stat::of(pid).ok()?;
+    let runs = runs(&read_proc(pid, "schedstat").ok()?)?;
+    stat.rests().then_some(runs)
+}
+
+/// The last of three numbers; none where the kernel does not count.
+fn runs(schedstat: &[u8]) -> Option<u64> {
+    let text = std::str::from_utf8(schedstat).ok()?;
+    text.split_ascii_whitespace().nth(2)?.parse().ok().filter(|&runs| runs > 0)
 }
 
 fn kibibytes(value: &str) -> Option<u64> {

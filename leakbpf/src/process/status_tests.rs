@@ -1,4 +1,9 @@
-use std::process::{Command, Stdio};
+use std::{
+    io::{Read as _, Write as _},
+    process::{Command, Stdio},
+    thread,
+    time::Duration,
+};
 
 use proptest::prelude::*;
 
@@ -64,18 +69,44 @@ fn the_lines_of_status_are_read_whatever_stands_between() {
 
 #[test]
 fn a_process_rests_until_it_has_run() {
-    let rests = |state: &str, threads: u32, voluntary: u64| {
-        let text = format!(
-            "State:\t{state}\nThreads:\t{threads}\nvoluntary_ctxt_switches:\t{voluntary}\n\
-             nonvoluntary_ctxt_switches:\t7\n"
-        );
-        Status::parse(text.as_bytes()).rests_since()
+    let rests = |state: char, threads: u32| {
+        let text = format!("7 (a) {state} 1 7 7 0 -1 0 0 0 0 0 0 0 0 0 20 0 {threads} 0 100");
+        Stat::parse(text.as_bytes()).expect("complete").rests()
     };
-    assert!(rests("S (sleeping)", 1, 3).is_some());
-    assert_ne!(rests("S (sleeping)", 1, 3), rests("S (sleeping)", 1, 4));
-    assert_eq!(rests("R (running)", 1, 3), None);
-    assert_eq!(rests("S (sleeping)", 2, 3), None, "others may run");
-    assert_eq!(Status::parse(b"State:\tS (sleeping)\nThreads:\t1\n").rests_since(), None);
+    assert!(rests('S', 1) && rests('T', 1) && rests('t', 1));
+    assert!(!rests('R', 1) && !rests('Z', 1) && !rests('D', 1));
+    assert!(!rests('S', 2), "another one may run");
+    assert_eq!(runs(b"21337000 118000 42\n"), Some(42));
+    assert_eq!(runs(b"0 0 0\n"), None, "nobody counts");
+    assert_eq!(runs(b"21337000"), None);
+    // A child that waits for its input.
+    let mut cat = Command::new("cat");
+    cat.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut cat = cat.spawn().expect("cat starts");
+    let pid = Pid(cat.id());
+    let until_it_rests = |other_than: Option<u64>| {
+        for _ in 0..10_000 {
+            let now = rests_since(pid);
+            if now.is_some() && now != other_than {
+                return now;
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        panic!("it does not come to rest");
+    };
+    let (mut input, mut output) =
+        (cat.stdin.take().expect("piped"), cat.stdout.take().expect("piped"));
+    // Once it has copied something it does nothing but wait.
+    let mut byte = [0];
+    input.write_all(b"x").expect("it reads");
+    output.read_exact(&mut byte).expect("it copies");
+    let before = until_it_rests(None);
+    assert_eq!(until_it_rests(None), before);
+    input.write_all(b"y").expect("it reads");
+    output.read_exact(&mut byte).expect("it copies");
+    until_it_rests(before);
+    drop(input);
+    cat.wait().expect("it ends");
 }
 
 #[test]

@@ -16,14 +16,14 @@ pub struct Detacher {
 
 impl Detacher {
     pub fn pending(&self) -> usize {
-        self.pending.load(Ordering::Relaxed)
+        self.pending.load(Ordering::Acquire)
     }
 
     pub fn detach(&mut self, links: Vec<Link>) {
         if links.is_empty() {
             return;
         }
-        self.pending.fetch_add(links.len(), Ordering::Relaxed);
+        self.pending.fetch_add(links.len(), Ordering::AcqRel);
         if self.thread.is_none() {
             self.thread = start(Arc::clone(&self.pending)).ok();
         }
@@ -69,7 +69,7 @@ fn take_away(mut links: Vec<Link>, pending: &AtomicUsize) {
         }
         let count = batch.len();
         close(batch);
-        pending.fetch_sub(count, Ordering::Relaxed);
+        pending.fetch_sub(count, Ordering::AcqRel);
     }
 }
 

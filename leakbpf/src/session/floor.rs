@@ -4,7 +4,7 @@ use std::num::NonZeroU32;
 
 use leakbpf_common::abi::{Role, StackWalk};
 
-use super::{SessionError, placement::Plans, planner_kernel};
+use super::{SessionError, placement::Plans};
 use crate::{
     preflight,
     probe::{
@@ -63,7 +63,7 @@ pub fn place(pid: u32, sites: Sites, kind: Links) -> Result<Floor, SessionError>
     })?;
     let maps = Maps::of(Pid(pid))?;
     let (mut links, mut probes) = (Vec::new(), 0);
-    for file in Plans::new(planner_kernel(&host)).of(Pid(pid), &maps) {
+    for file in Plans::default().of(Pid(pid), &maps) {
         let Ok(plan) = file.plan else { continue };
         let mapping = maps
             .iter()

@@ -8,10 +8,9 @@ use super::{
     config::{Config, Method, StackMethod, Target},
 };
 use crate::{
-    preflight::{host::HostFacts, kernel_version::KernelVersion, tracepoint::TracepointFormat},
+    preflight::tracepoint::TracepointFormat,
     probe::{
         kernel::Kernel,
-        planner,
         settings::{Links, PageChoice, ProcessTimes, ReturnInstances, Settings},
     },
     process::{host, select::Selector, tracefs},
@@ -88,10 +87,4 @@ fn field_offset(name: &'static str, field: &str) -> Result<u32, SessionError> {
 fn seed() -> u32 {
     use std::hash::{BuildHasher as _, RandomState};
     RandomState::new().hash_one(monotonic_ns()) as u32
-}
-
-/// What matters to the planner of the kernel that runs here.
-pub fn planner_kernel(host: &HostFacts) -> planner::Kernel {
-    let nops = KernelVersion { major: 6, minor: 18, patch: 0 };
-    planner::Kernel { emulates_long_nops: host.version().is_some_and(|version| version >= nops) }
 }

@@ -116,7 +116,6 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
         preflight::host::judge(&host)
     };
     preflight::Report { checks }.refuse_failures()?;
-    let planner = planner_kernel(&host);
     let pids = match &config.target {
         Target::Running(selector) => admit(select(selector)?, selector, &host, config.method)?,
         Target::Program { .. } => Vec::new(),
@@ -155,7 +154,7 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
     let records = kernel.take_records()?;
     let (exits, mut exited) = mpsc::unbounded_channel();
     let endless = matches!(config.target, Target::Running(Selector::All));
-    let plans = Plans::new(planner);
+    let plans = Plans::default();
     let mappings = matches!(mapping_events, Some(Ok(_)));
     let scope = Scope {
         shared_probes: config.shared_probes,
@@ -240,5 +239,4 @@ fn with_what_the_host_has(config: &Config, host: &HostFacts) -> (Config, Option<
     }
 }
 
-pub use loading::planner_kernel;
 pub use terminal::options as terminal_options;

@@ -21,7 +21,6 @@ use crate::{
         attach::{Link, Site},
         discover::{FilePlan, discover},
         kernel::{Kernel, Program},
-        planner,
     },
     process::{
         Pid,
@@ -45,16 +44,12 @@ pub struct LookedAt {
 }
 
 /// Plans of all files met so far: a library is read once, however many processes map it.
+#[derive(Default)]
 pub struct Plans {
-    kernel: planner::Kernel,
     known: HashMap<FileId, Result<Arc<FilePlan>, String>>,
 }
 
 impl Plans {
-    pub fn new(kernel: planner::Kernel) -> Self {
-        Self { kernel, known: HashMap::new() }
-    }
-
     /// Looks at every file that `maps` can run code from.
     pub fn of(&mut self, pid: Pid, maps: &Maps) -> Vec<LookedAt> {
         maps.executable_files().iter().map(|file| self.look_at(pid, file)).collect()
@@ -84,7 +79,7 @@ impl Plans {
     fn read(&self, pid: Pid, path: &Path, opened: &MappedFile) -> Result<Arc<FilePlan>, String> {
         let bytes = FileBytes::of(opened.file()).map_err(|error| error.to_string())?;
         let elf = ElfFile::parse(bytes.as_slice()).map_err(|error| error.to_string())?;
-        let plan = discover(&elf, None, self.kernel);
+        let plan = discover(&elf, None);
         if !plan.probes.is_empty() || !plan.skipped.is_empty() {
             return Ok(Arc::new(plan));
         }
@@ -93,7 +88,7 @@ impl Plans {
         let debug = debug.as_ref().and_then(|file| FileBytes::of(file).ok());
         let debug = debug.as_ref().and_then(|bytes| ElfFile::parse(bytes.as_slice()).ok());
         Ok(Arc::new(match debug {
-            Some(debug) => discover(&elf, Some(&debug), self.kernel),
+            Some(debug) => discover(&elf, Some(&debug)),
             None => plan,
         }))
     }

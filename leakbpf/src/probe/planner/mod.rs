@@ -19,20 +19,9 @@ pub const TRACKED_ARGUMENTS: usize = 6;
 /// Where the arguments are, by their number.
 pub type Arguments = [RegisterSlot; TRACKED_ARGUMENTS];
 
-/// What differs between kernels.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Kernel {
-    /// Since 6.18, x86 emulates nops of several bytes (`branch_setup_xol_ops` compares with
-    /// `x86_nops`) and turns the one of five bytes into a call (`arch_uprobe_optimize`). Later
-    /// kernels do that to one of ten bytes instead and still emulate this one.
-    pub emulates_long_nops: bool,
-}
-
 /// What a hit costs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Cost {
-    /// A call into the kernel instead of a trap, or at worst one trap.
-    Nop5,
     /// One trap.
     Emulated,
     /// Two exceptions.
@@ -82,6 +71,10 @@ pub enum Refusal {
     Undecodable,
     #[error("the kernel does not probe its first instruction")]
     Unprobable,
+    #[error(
+        "a probe on its first instruction could crash forked children, and there is no other place"
+    )]
+    Rewritten,
 }
 
 /// A function's probes.
@@ -106,7 +99,6 @@ impl Plan {
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let cost = match self.cost() {
-            Cost::Nop5 => "optimised nop",
             Cost::Emulated => "emulated",
             Cost::SingleStepped => "single-stepped",
         };

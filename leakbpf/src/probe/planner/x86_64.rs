@@ -12,9 +12,7 @@ use iced_x86::{
 };
 use leakbpf_common::abi::RegisterSlot;
 
-use super::{
-    Arguments, Cost, Fallback, Kernel, Refusal, Site, Survey, TRACKED_ARGUMENTS, TailJump,
-};
+use super::{Arguments, Cost, Fallback, Refusal, Site, Survey, TRACKED_ARGUMENTS, TailJump};
 use kernel::Treatment;
 
 pub mod flow;
@@ -55,21 +53,24 @@ pub struct FunctionCode<'a> {
 }
 
 /// Walks the straight line from the function's entry.
-pub fn survey(function: FunctionCode<'_>, kernel: Kernel) -> Result<Survey, Refusal> {
+pub fn survey(function: FunctionCode<'_>) -> Result<Survey, Refusal> {
     let mut walk = Walk::new();
-    let first = Step::decode(function, 0).ok_or(if function.bytes.is_empty() {
+    let mut first = Step::decode(function, 0).ok_or(if function.bytes.is_empty() {
         Refusal::NoCode
     } else {
         Refusal::Undecodable
     })?;
+    while first.treatment == Treatment::Rewritten {
+        // It changes nothing: the next one is as good an entry.
+        first = Step::decode(function, first.end()).ok_or(Refusal::Rewritten)?;
+    }
     let entry_cost = match first.treatment {
         Treatment::Refused => return Err(Refusal::Unprobable),
-        Treatment::Nop5 if kernel.emulates_long_nops => Cost::Nop5,
         Treatment::Emulated => Cost::Emulated,
-        Treatment::Nop5 | Treatment::SingleStepped => Cost::SingleStepped,
+        Treatment::Rewritten | Treatment::SingleStepped => Cost::SingleStepped,
     };
     let mut survey = Survey {
-        entry: Site { offset: 0, stack_distance: 0, arguments: walk.arguments(), cost: entry_cost },
+        entry: walk.site(first.offset, entry_cost),
         sites: Vec::new(),
         obstacle: None,
         tail_jump: None,
@@ -84,20 +85,16 @@ pub fn survey(function: FunctionCode<'_>, kernel: Kernel) -> Result<Survey, Refu
     if limit == 0 {
         survey.obstacle.get_or_insert(Fallback::BranchToEntry);
     }
+    if first.offset > 0 && first.offset >= limit {
+        return Err(Refusal::Rewritten);
+    }
 
     let mut step = Some(first);
     for _ in 0..MAX_STEPS {
         let Some(current) = step else { break };
-        let cost = match current.treatment {
-            Treatment::Emulated => Some(Cost::Emulated),
-            // What becomes of this nop writes below the stack pointer, where a leaf function may
-            // keep its variables.
-            Treatment::Nop5 if kernel.emulates_long_nops && walk.is_untouched() => Some(Cost::Nop5),
-            _ => None,
-        };
-        if let Some(cost) = cost {
+        if current.treatment == Treatment::Emulated {
             if current.offset < limit {
-                survey.sites.push(walk.site(current.offset, cost));
+                survey.sites.push(walk.site(current.offset, Cost::Emulated));
             } else if survey.sites.is_empty() {
                 survey.obstacle.get_or_insert(Fallback::BranchInto);
             }
@@ -114,7 +111,7 @@ pub fn survey(function: FunctionCode<'_>, kernel: Kernel) -> Result<Survey, Refu
         if !walk.run(&current.instruction) {
             break;
         }
-        step = Step::decode(function, current.offset + current.instruction.len() as u64);
+        step = Step::decode(function, current.end());
         // A site must not come after what other threads can already act on.
         if current.instruction.has_lock_prefix() || current.instruction.mnemonic() == Mnemonic::Xchg
         {
@@ -122,6 +119,17 @@ pub fn survey(function: FunctionCode<'_>, kernel: Kernel) -> Result<Survey, Refu
         }
     }
     Ok(survey)
+}
+
+/// No instruction of the architecture is longer, in bytes.
+pub const LONGEST_INSTRUCTION: usize = 15;
+
+/// Whether the kernel takes a probe on the first instruction of this code, and no process comes to harm.
+pub fn may_be_probed(code: &[u8]) -> bool {
+    let function = FunctionCode { svma: 0, bytes: code, size_bytes: 0, cold: &[] };
+    Step::decode(function, 0).is_some_and(|step| {
+        matches!(step.treatment, Treatment::Emulated | Treatment::SingleStepped)
+    })
 }
 
 struct Step {
@@ -141,6 +149,11 @@ impl Step {
         }
         let treatment = kernel::treatment(rest.get(..instruction.len())?);
         Some(Self { offset, instruction, treatment })
+    }
+
+    /// Where the next one begins.
+    fn end(&self) -> u64 {
+        self.offset + self.instruction.len() as u64
     }
 }
 
@@ -183,7 +196,6 @@ struct Walk {
     /// By register: which argument it holds, all 64 bits of it.
     holds: [Option<u8>; 16],
     stack_distance: u16,
-    wrote_memory: bool,
     info: InstructionInfoFactory,
 }
 
@@ -193,7 +205,7 @@ impl Walk {
         for (argument, register) in (0..).zip(ARGUMENT_REGISTERS) {
             holds[register] = Some(argument);
         }
-        Self { holds, stack_distance: 0, wrote_memory: false, info: InstructionInfoFactory::new() }
+        Self { holds, stack_distance: 0, info: InstructionInfoFactory::new() }
     }
 
     fn arguments(&self) -> Arguments {
@@ -215,11 +227,6 @@ impl Walk {
 
     fn site(&self, offset: u64, cost: Cost) -> Site {
         Site { offset, stack_distance: self.stack_distance, arguments: self.arguments(), cost }
-    }
-
-    /// Nothing lives below the stack pointer.
-    fn is_untouched(&self) -> bool {
-        self.stack_distance == 0 && !self.wrote_memory
     }
 
     /// Takes the instruction's effects into account. False if the stack pointer is unknown after.
@@ -246,7 +253,6 @@ impl Walk {
         if let Some((register, argument)) = copied {
             self.holds[register] = Some(argument);
         }
-        self.wrote_memory |= info.used_memory().iter().any(|memory| writes(memory.access()));
         self.stack_distance = distance;
         true
     }

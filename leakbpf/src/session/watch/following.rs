@@ -19,6 +19,9 @@ use crate::{
 /// Children that are listed one by one when they were seen late; the rest are only counted.
 pub(super) const LATE_CHILDREN_LISTED: u64 = 10;
 
+/// How a child was seen late.
+const ALLOCATED_EARLY: &str = "may have used its allocator before its probes were in place";
+
 impl Watch {
     /// A process id that begins a new life has ended its former one, whether or not that was seen.
     fn end_former_life(&mut self, pid: Pid, successor: Owner, how: &str) {
@@ -54,16 +57,25 @@ impl Watch {
         if self.scope.shared_probes || !self.probing {
             return;
         }
-        let inherited = self.placed.get(&fork.head.owner.tgid());
-        let untouched = inherited.and_then(|placed| Untouched::of(pid, &maps, placed));
+        // Only this thread has any closed: none begins to be until the child's are in place.
+        let closing = self.detacher.pending() > 0;
+        let parents = fork.head.owner.tgid();
+        let untouched = self.placed.get(&parents).and_then(|placed| {
+            Untouched::of(pid, placed, &maps, closing, || maps_of(&self.kernel, fork.child))
+        });
         if self.detacher.pending() > MAX_DETACHING {
             self.seen_late(pid, "got no probes: too many children come and go");
             return;
         }
-        match self.place(pid, &maps) {
-            Ok(_) if untouched.is_some_and(|untouched| untouched.still(pid)) => {}
-            // A child that is gone already, or that ran before its probes were in place.
-            _ => self.seen_late(pid, "may have used its allocator before its probes were in place"),
+        let is_known = match (self.place(pid, &maps), untouched, self.placed.get(&pid.0)) {
+            (Ok(_), Some(untouched), Some(own)) => {
+                untouched.still(pid, own, || maps_of(&self.kernel, fork.child))
+            }
+            _ => false,
+        };
+        if !is_known {
+            // Or it is gone already.
+            self.seen_late(pid, ALLOCATED_EARLY);
         }
     }
 
@@ -102,6 +114,10 @@ impl Watch {
         if self.detacher.pending() > MAX_DETACHING && !self.placed.contains_key(&pid.0) {
             self.seen_late(pid, "got no probes: too many children come and go");
             return;
+        }
+        if self.probes_hang_on_threads() && !self.placed.contains_key(&pid.0) {
+            // It was in its parent's memory until now.
+            self.seen_late(pid, ALLOCATED_EARLY);
         }
         if exec.old_tid == exec.head.tid || !self.probes_hang_on_threads() {
             let _ = self.place(pid, &maps);

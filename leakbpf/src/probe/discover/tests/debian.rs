@@ -223,10 +223,10 @@ fn a_debug_file_of_another_build_is_ignored() {
     let (glibc, jemalloc) = (read(GLIBC), read(JEMALLOC));
     let glibc = ElfFile::parse(&glibc).expect("glibc");
     let jemalloc = ElfFile::parse(&jemalloc).expect("jemalloc");
-    let plan = discover(&glibc, Some(&jemalloc), Kernel::default());
+    let plan = discover(&glibc, Some(&jemalloc));
     assert!(plan.looked_at.foreign_debug_file);
     assert_eq!(plan.looked_at.separate_symbols, 0);
-    let same = discover(&glibc, Some(&glibc), Kernel::default());
+    let same = discover(&glibc, Some(&glibc));
     assert!(same.looked_at.separate_symbols > 1000);
     assert_eq!(same.probes, plan.probes);
 }
@@ -288,7 +288,7 @@ proptest! {
             data.truncate(end.index(data.len()));
         }
         if let Ok(file) = ElfFile::parse(&data) {
-            discover(&file, Some(&file), Kernel::default());
+            discover(&file, Some(&file));
         }
     }
 
@@ -300,8 +300,8 @@ proptest! {
     ) {
         let data = [&[0x7f, b'E', b'L', b'F', class, endian, 1][..], &bytes].concat();
         if let Ok(file) = ElfFile::parse(&data) {
-            discover(&file, Some(&file), Kernel::default());
+            discover(&file, Some(&file));
         }
-        let _ = ElfFile::parse(&bytes).map(|file| discover(&file, None, Kernel::default()));
+        let _ = ElfFile::parse(&bytes).map(|file| discover(&file, None));
     }
 }

@@ -16,7 +16,7 @@ fn read(path: &str) -> Vec<u8> {
 
 fn plan_of(data: &[u8]) -> FilePlan {
     let file = ElfFile::parse(data).expect("a real library");
-    discover(&file, None, Kernel::default())
+    discover(&file, None)
 }
 
 fn probe<'a>(plan: &'a FilePlan, name: &str) -> &'a PlannedProbe {

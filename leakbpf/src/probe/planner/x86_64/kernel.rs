@@ -14,8 +14,10 @@
 pub enum Treatment {
     /// The kernel does its work: relative `jmp`, `jcc`, `call`; `push` of a register; `nop`.
     Emulated,
-    /// `nopl 0x0(%rax,%rax,1)`: single-stepped before 6.18, a call into the kernel since.
-    Nop5,
+    /// `nopl 0x0(%rax,%rax,1)`: since 6.18 the kernel makes a call of it (`arch_uprobe_optimize`), to a page
+    /// that it maps with `VM_DONTCOPY` (`create_uprobe_trampoline`). A forked child has the call, not the
+    /// page: it crashes there. No probe may be on it.
+    Rewritten,
     SingleStepped,
     /// The probe cannot be set: `ENOTSUPP`.
     Refused,
@@ -92,7 +94,7 @@ pub fn treatment(instruction: &[u8]) -> Treatment {
             (1, None) | (2, Some(0x41)) => Treatment::Emulated,
             _ => Treatment::SingleStepped,
         },
-        _ if instruction == [0x0f, 0x1f, 0x44, 0x00, 0x00] => Treatment::Nop5,
+        _ if instruction == [0x0f, 0x1f, 0x44, 0x00, 0x00] => Treatment::Rewritten,
         _ => Treatment::SingleStepped,
     }
 }
@@ -119,7 +121,7 @@ mod tests {
         for bytes in emulated {
             assert_eq!(treatment(bytes), Treatment::Emulated, "{bytes:x?}");
         }
-        assert_eq!(treatment(&[0x0f, 0x1f, 0x44, 0, 0]), Treatment::Nop5);
+        assert_eq!(treatment(&[0x0f, 0x1f, 0x44, 0, 0]), Treatment::Rewritten);
     }
 
     #[test]

@@ -11,8 +11,6 @@ const RSI: RegisterSlot = RegisterSlot(13);
 const RDI: RegisterSlot = RegisterSlot(14);
 
 const SVMA: u64 = 0x1000;
-const OLD: Kernel = Kernel { emulates_long_nops: false };
-const NEW: Kernel = Kernel { emulates_long_nops: true };
 
 fn function(bytes: &[u8]) -> FunctionCode<'_> {
     FunctionCode { svma: SVMA, bytes, size_bytes: bytes.len() as u64, cold: &[] }
@@ -20,12 +18,12 @@ fn function(bytes: &[u8]) -> FunctionCode<'_> {
 
 /// As for `malloc`: argument 0, and a return probe.
 fn malloc_plan(bytes: &[u8]) -> Plan {
-    survey(function(bytes), OLD).expect("can be probed").plan(&[0], true)
+    survey(function(bytes)).expect("can be probed").plan(&[0], true)
 }
 
 /// As for `free`: argument 0, no return probe.
 fn free_plan(bytes: &[u8]) -> Plan {
-    survey(function(bytes), OLD).expect("can be probed").plan(&[0], false)
+    survey(function(bytes)).expect("can be probed").plan(&[0], false)
 }
 
 fn assert_at_entry(plan: Plan, cost: Cost, fallback: Fallback) {
@@ -103,7 +101,7 @@ fn a_branch_from_a_cold_part_counts_as_well() {
         0xe9, 0x7f, 0xff, 0xff, 0xff, // jmp 4
     ];
     let cold: [(u64, &[u8]); 1] = [(SVMA + 0x80, &cold)];
-    let survey = survey(FunctionCode { cold: &cold, ..function(&code) }, OLD).expect("probable");
+    let survey = survey(FunctionCode { cold: &cold, ..function(&code) }).expect("probable");
     assert_at_entry(survey.plan(&[0], false), Cost::SingleStepped, Fallback::BranchInto);
 }
 
@@ -241,26 +239,30 @@ fn a_jrcxz_is_a_branch_that_the_kernel_does_not_emulate() {
     assert_at_entry(free_plan(&code), Cost::SingleStepped, Fallback::NothingEmulated);
 }
 
+const LONG_NOP: [u8; 5] = [0x0f, 0x1f, 0x44, 0x00, 0x00]; // nopl 0x0(%rax,%rax,1)
+
 #[test]
-fn a_five_byte_nop_is_taken_only_where_nothing_lives_below_the_stack_pointer() {
-    let entry = [
-        0x0f, 0x1f, 0x44, 0x00, 0x00, // nopl 0x0(%rax,%rax,1)
-        0x53, // push %rbx
-        0xc3, // ret
-    ];
-    let site = |code: &[u8], kernel| {
-        let plan = survey(function(code), kernel).expect("probable").plan(&[0], true);
-        (plan.enter.offset, plan.cost())
+fn no_probe_is_on_a_long_nop() {
+    let plan = |rest: &[u8]| {
+        let code = [&LONG_NOP, rest].concat();
+        survey(function(&code)).map(|survey| survey.plan(&[0], true))
     };
-    assert_eq!(site(&entry, NEW), (0, Cost::Nop5));
-    assert_eq!(site(&entry, OLD), (5, Cost::Emulated));
-    let spilled = [
-        0x48, 0x89, 0x7c, 0x24, 0xf8, // mov %rdi,-8(%rsp)
-        0x0f, 0x1f, 0x44, 0x00, 0x00, // nopl 0x0(%rax,%rax,1)
-        0x53, // push %rbx
-        0xc3, // ret
-    ];
-    assert_eq!(site(&spilled, NEW), (10, Cost::Emulated));
+    let pushes = plan(&[0x53, 0xc3]).expect("probable");
+    assert_eq!((pushes.enter.offset, pushes.cost(), pushes.fallback), (5, Cost::Emulated, None));
+    let sub_rsp = [0x48, 0x83, 0xec, 0x18, 0xc3];
+    let plain = plan(&sub_rsp).expect("probable");
+    assert_eq!((plain.enter.offset, plain.cost()), (5, Cost::SingleStepped));
+    assert_eq!(plain.leave.map(|leave| leave.offset), Some(5));
+    assert_eq!(plan(&[&LONG_NOP[..], &sub_rsp].concat()).expect("probable").enter.offset, 10);
+    // There, a hit need not be a call.
+    let loops = [0x53, 0xeb, 0xfd]; // push %rbx; jmp 5
+    assert_eq!(plan(&loops).expect_err("none is left"), Refusal::Rewritten);
+    assert_eq!(plan(&[]).expect_err("none is left"), Refusal::Rewritten);
+    let unsized_code = FunctionCode { size_bytes: 0, ..function(&LONG_NOP) };
+    assert_eq!(survey(unsized_code), Err(Refusal::Rewritten));
+    let inside = [&[0x48, 0x85, 0xff][..], &LONG_NOP, &[0x53, 0xc3]].concat();
+    let inside = survey(function(&inside)).expect("probable").plan(&[0], true);
+    assert_eq!((inside.enter.offset, inside.cost()), (8, Cost::Emulated));
 }
 
 #[test]
@@ -269,7 +271,7 @@ fn a_function_without_a_size_is_probed_at_its_entry() {
         (&[0x53, 0xc3][..], Cost::Emulated),
         (&[0x48, 0x85, 0xff, 0x74, 0x00, 0xc3], Cost::SingleStepped),
     ] {
-        let survey = survey(FunctionCode { size_bytes: 0, ..function(code) }, OLD);
+        let survey = survey(FunctionCode { size_bytes: 0, ..function(code) });
         let plan = survey.expect("probable").plan(&[0], false);
         assert_at_entry(plan, cost, Fallback::SizeUnknown);
     }
@@ -282,7 +284,7 @@ fn a_function_that_ends_before_its_size_is_probed_at_its_entry() {
         0x74, 0x00, // je 5
     ];
     for size_bytes in [6, MAX_FUNCTION_BYTES + 1, u64::MAX] {
-        let survey = survey(FunctionCode { size_bytes, ..function(&code) }, OLD);
+        let survey = survey(FunctionCode { size_bytes, ..function(&code) });
         let plan = survey.expect("probable").plan(&[0], false);
         assert_at_entry(plan, Cost::SingleStepped, Fallback::SizeImplausible);
     }
@@ -309,20 +311,17 @@ fn what_the_kernel_would_not_probe_is_refused() {
         (&[0xf0, 0x48, 0x0f, 0xb1, 0x0e, 0xc3], Refusal::Unprobable), // lock cmpxchg
         (&[0xcc, 0xc3], Refusal::Unprobable),  // int3
     ] {
-        assert_eq!(survey(function(code), OLD), Err(refusal), "{code:x?}");
+        assert_eq!(survey(function(code)), Err(refusal), "{code:x?}");
     }
 }
 
 #[test]
 fn a_function_that_only_jumps_tells_where_to_and_with_what() {
-    let survey = survey(
-        function(&[
-            0x48, 0x89, 0xfe, // mov %rdi,%rsi
-            0xbf, 0x00, 0x10, 0x00, 0x00, // mov $0x1000,%edi
-            0xe9, 0x10, 0x00, 0x00, 0x00, // jmp 1d
-        ]),
-        OLD,
-    );
+    let survey = survey(function(&[
+        0x48, 0x89, 0xfe, // mov %rdi,%rsi
+        0xbf, 0x00, 0x10, 0x00, 0x00, // mov $0x1000,%edi
+        0xe9, 0x10, 0x00, 0x00, 0x00, // jmp 1d
+    ]));
     let jump = survey.expect("probable").tail_jump.expect("jumps");
     assert_eq!(jump.target_svma, SVMA + 0x1d);
     assert_eq!(jump.passes, [None, Some(0), Some(2), Some(3), Some(4), Some(5)]);
@@ -383,15 +382,12 @@ fn an_import_stub_names_its_slot() {
     assert_eq!(slot(&[]), None);
 }
 
-fn check(site: &Site, code: &[u8], kernel: Kernel) {
+fn check(site: &Site, code: &[u8]) {
     let at = usize::try_from(site.offset).expect("small");
     let mut decoder = Decoder::with_ip(64, &code[at..], 0, DecoderOptions::NONE);
     let length = decoder.decode().len();
-    match kernel::treatment(&code[at..at + length]) {
-        Treatment::Emulated => assert_eq!(site.cost, Cost::Emulated),
-        Treatment::Nop5 => assert!(kernel.emulates_long_nops),
-        other => panic!("{other:?} at {at}"),
-    }
+    assert_eq!(kernel::treatment(&code[at..at + length]), Treatment::Emulated);
+    assert_eq!(site.cost, Cost::Emulated);
     assert!(site.arguments.iter().all(|slot| slot.0 <= 14 || *slot == RegisterSlot::NONE));
 }
 
@@ -403,9 +399,7 @@ proptest! {
         code in prop::collection::vec(any::<u8>(), 0..200),
         size_bytes in prop_oneof![Just(None), any::<u64>().prop_map(Some)],
         svma in any::<u64>(),
-        emulates_long_nops in any::<bool>(),
     ) {
-        let kernel = Kernel { emulates_long_nops };
         let cold: [(u64, &[u8]); 1] = [(svma.wrapping_add(400), &code)];
         let function = FunctionCode {
             svma,
@@ -413,12 +407,16 @@ proptest! {
             size_bytes: size_bytes.unwrap_or(code.len() as u64),
             cold: &cold,
         };
-        if let Ok(survey) = survey(function, kernel) {
+        if let Ok(survey) = survey(function) {
             for site in &survey.sites {
-                check(site, &code, kernel);
+                check(site, &code);
             }
             let plan = survey.plan(&[0, 1, 9], true);
             prop_assert!(plan.leave.is_some_and(|leave| leave.stack_distance == 0));
+            for site in [Some(plan.enter), plan.leave].into_iter().flatten() {
+                let at = usize::try_from(site.offset).expect("small");
+                prop_assert!(may_be_probed(&code[at..]));
+            }
         }
         flow::import_slot(&code, svma);
         flow::every_path_reaches(svma, &|_| &code, &|_| flow::Destination::Other, true);
