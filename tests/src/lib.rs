@@ -1,6 +1,6 @@
 //! Integration tests: real processes, real probes, an independent oracle.
 //!
-//! A [`Target`] is a program under test that answers commands line by line; [`Leakbpf`] is the
+//! A [`Target`] is a program under test that answers commands line by line; `Leakbpf` is the
 //! agent attached to it; [`Books`] are what really is outstanding, kept by the program itself or by
 //! a preloaded library. [`compare`] says block by block where the two differ. Everything here
 //! panics with the reason and its remedy: it is test code, and a precondition that does not hold

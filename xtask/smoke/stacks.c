@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 // Prints which BPF programs of the machine run on a private stack of theirs, one a line: its name,
 // then `private` or `kernel`. From the machine code that the kernel made of each.
+#include <errno.h>
 #include <linux/bpf.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -29,6 +30,7 @@ static int print(uint32_t id) {
     union bpf_attr attr = {0};
     attr.prog_id = id;
     int program = bpf(BPF_PROG_GET_FD_BY_ID, &attr);
+    if (program < 0 && errno == ENOENT) return 0; /* gone meanwhile */
     struct bpf_prog_info info = {0};
     if (program < 0 || information(program, &info)) {
         perror("stacks: program");

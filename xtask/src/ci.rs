@@ -96,6 +96,16 @@ fn lint() -> Result<()> {
         "-D",
         "warnings",
     ]))?;
+    // What a plain `cargo test` builds.
+    shell::run(shell::cargo().args([
+        "clippy",
+        "-p",
+        "leakbpf-tests",
+        "--all-targets",
+        "--",
+        "-D",
+        "warnings",
+    ]))?;
     // A workspace of their own: nothing else would notice that they no longer fit.
     shell::run(shell::cargo().args([
         "clippy",

@@ -67,7 +67,7 @@ pub struct Watch {
     pub by_owner: HashMap<Owner, ProcessId>,
     pub modules: Modules,
     pub events: Vec<Event>,
-    /// Children that had used an allocator before their own probes were in place.
+    /// Children that may have used an allocator before their own probes were in place.
     pub children_seen_late: u64,
     /// Processes that went on without the thread that their probes hung on.
     pub probes_moved: u64,

@@ -96,8 +96,8 @@ enum Question {
         /// Sessions
         #[arg(long, default_value_t = 5, value_name = "N")]
         rounds: u32,
-        /// Length of each
-        #[arg(long, default_value_t = 2, value_name = "N")]
+        /// Length of each, and of the times between them
+        #[arg(long, default_value_t = 1, value_name = "N")]
         minutes: u32,
     },
     /// Whether the budget holds for long, under a load that changes every minute

@@ -2,8 +2,8 @@
 //! twin is not. So whatever the machine does meets both, and what the watched one takes more for a unit
 //! is what leakbpf costs, beyond what the two differ by themselves.
 //!
-//! `cargo xtask bench twins` measures that over sessions of some minutes at full load, between minutes in
-//! which nobody watches.
+//! `cargo xtask bench twins` measures that over sessions under full load, between times as long in which
+//! nobody watches.
 
 use std::fs;
 use std::path::PathBuf;
@@ -146,7 +146,7 @@ pub fn run(
         "more when watched, %: median",
         "least",
         "most",
-        "noise: more from one unwatched minute to the next, %: median",
+        "noise: the same of unwatched ones, %: median",
         "least",
         "most",
         "leakbpf's own estimate, %: median",
@@ -156,7 +156,7 @@ pub fn run(
         table.row(workload.title, &row(workload, rounds, minutes, arguments)?);
     }
     Ok(format!(
-        "`leakbpf record {}`, {rounds} sessions of {minutes} minutes, a minute of nobody watching before, \
+        "`leakbpf record {}`, {rounds} sessions of {minutes} min, and as long with nobody watching before, \
          between and after them:\n\n{}",
         arguments.join(" "),
         table.text()
@@ -171,23 +171,20 @@ fn row(
 ) -> Result<Vec<String>> {
     const FULL: (f64, usize) = (1.0, 0);
     const MINUTE: Duration = Duration::from_secs(60);
+    let span = MINUTE * minutes;
     let mut pair = Pair::start(workload)?;
-    let (mut cost, mut noise, mut estimates) =
-        (Samples::default(), Samples::default(), Samples::default());
-    let mut modes: Vec<String> = Vec::new();
+    let (mut cost, mut estimates, mut modes) = (Samples::default(), Samples::default(), Vec::new());
     let mut other = Sum::default();
-    let mut before = pair.run(FULL, MINUTE)?;
+    let mut unwatched = vec![pair.run(FULL, span)?];
     for round in 1..=rounds {
         let watching = pair.watch(arguments)?;
-        let watched = pair.run(FULL, MINUTE * minutes)?;
+        let watched = pair.run(FULL, span)?;
         let report = watching.stop()?;
-        let after = pair.run(FULL, MINUTE)?;
+        let after = pair.run(FULL, span)?;
 
-        let mut unwatched = before;
-        unwatched.add(&after);
-        let percent = more(&watched, &unwatched).context("it had no load")?;
+        let before = unwatched.last().context("one before")?;
+        let percent = more(&watched, &sum(before, &after)).context("it had no load")?;
         cost.push(percent);
-        more(&after, &before).into_iter().for_each(|percent| noise.push(percent));
         let estimate = report["cost"]["overhead_percent"].as_f64();
         estimate.into_iter().for_each(|percent| estimates.push(percent));
         let mode = report["mode"].as_str().unwrap_or("?").to_owned();
@@ -197,8 +194,9 @@ fn row(
         }
         other.units += watched.other.units;
         other.cpu_seconds += watched.other.cpu_seconds;
-        before = after;
+        unwatched.push(after);
     }
+    let noise = noise(&unwatched);
     Ok(vec![
         figure(Some(other.cpu_seconds * 1e6 / other.units)),
         signed(cost.median()),
@@ -210,6 +208,21 @@ fn row(
         figure(estimates.median()),
         modes.join(", "),
     ])
+}
+
+/// What [`more`] gives for those that nobody watched, each against its two neighbours.
+fn noise(unwatched: &[Twins]) -> Samples {
+    let mut noise = Samples::default();
+    for three in unwatched.windows(3) {
+        more(&three[1], &sum(&three[0], &three[2])).into_iter().for_each(|it| noise.push(it));
+    }
+    noise
+}
+
+fn sum(one: &Twins, other: &Twins) -> Twins {
+    let mut sum = *one;
+    sum.add(other);
+    sum
 }
 
 #[cfg(test)]
@@ -225,5 +238,16 @@ mod tests {
         let percent = more(&twins(1.01 * 1.1, 2.0), &twins(1.1, 2.0)).expect("both have units");
         assert!((percent - 1.0).abs() < 1e-9, "{percent}");
         assert_eq!(more(&Twins::default(), &twins(1.0, 1.0)), None);
+    }
+
+    #[test]
+    fn an_even_drift_is_no_noise() {
+        let at = |ratio: f64| Twins {
+            watched: Sum { units: 1.0, cpu_seconds: ratio },
+            other: Sum { units: 1.0, cpu_seconds: 1.0 },
+        };
+        let noise = noise(&[at(1.0), at(1.1), at(1.2), at(1.0)]);
+        assert!(noise.min().expect("two").abs() < 1e-9);
+        assert!((noise.max().expect("two") - 100.0 * (1.2 / 1.05 - 1.0)).abs() < 1e-9);
     }
 }
