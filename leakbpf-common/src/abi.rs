@@ -110,16 +110,11 @@ pub struct Control {
     pub sampling: Sampling,
 }
 
-/// What the programs at allocator functions have cost; the only entry of the per-CPU cost map.
+/// How often programs of a kind ran, and how long some of the runs took.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Cost {
-    /// How often one ran.
-    pub hits: u64,
-    /// How often at a return that nobody waits for when its block is not chosen.
-    pub optional_returns: u64,
-    /// Calls whose return is not seen: those whose block is not chosen, and such as do not count.
-    pub returns_let_go: u64,
+pub struct Runs {
+    pub count: u64,
     /// The one that is timed next.
     pub next_timed: u64,
     /// How many were timed, and how long those took.
@@ -127,12 +122,39 @@ pub struct Cost {
     pub timed_ns: u64,
 }
 
-impl Cost {
-    /// A program is timed once in so many hits, at least; at most once in twice as many less one. No
-    /// pattern of calls is in step with it.
-    pub const TIMED_EVERY: u64 = 32;
-    /// A program that took longer was interrupted.
+impl Runs {
+    /// A run that took longer was interrupted.
     pub const MOST_TIMED_NS: u64 = 1 << 16;
+
+    /// What one takes, on average; none before any was timed.
+    pub fn mean_ns(&self) -> Option<f64> {
+        (self.timed > 0).then(|| self.timed_ns as f64 / self.timed as f64)
+    }
+}
+
+/// What the programs have cost that run in the watched processes' time; the only entry of the per-CPU
+/// cost map.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Cost {
+    /// At allocator functions.
+    pub hits: Runs,
+    /// Hits at a return that nobody waits for when its block is not chosen.
+    pub optional_returns: u64,
+    /// Calls whose return is not seen: those whose block is not chosen, and such as do not count.
+    pub returns_let_go: u64,
+    /// Page faults of the processes at pages that are chosen.
+    pub faults: u64,
+    /// Those of them that are looked into, because they may bring memory.
+    pub touches: Runs,
+}
+
+impl Cost {
+    /// A hit is timed once in so many, at least; at most once in twice as many less one. No pattern of
+    /// calls is in step with it.
+    pub const HIT_TIMED_EVERY: u64 = 32;
+    /// The same of touches, of which there are fewer.
+    pub const TOUCH_TIMED_EVERY: u64 = 4;
 }
 
 /// What a probed function does with memory.
@@ -315,8 +337,6 @@ impl Loss {
 #[repr(u32)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Tally {
-    /// Page faults that were looked at.
-    PagesTouched = 16,
     /// Frees of blocks that were allocated before the session began (or through a nested call).
     UnknownFrees = 17,
     /// Calls in flight that never returned (`longjmp`, an exception, the thread's end).

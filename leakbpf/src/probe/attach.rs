@@ -59,11 +59,7 @@ struct LinkCreateArgs {
 
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_PERF_EVENT: u32 = 41;
-const PERF_TYPE_SOFTWARE: u32 = 1;
 const PERF_TYPE_TRACEPOINT: u32 = 2;
-const PERF_COUNT_SW_PAGE_FAULTS: u64 = 2;
-/// The record has the address: a program finds it in its context.
-const PERF_SAMPLE_ADDR: u64 = 1 << 3;
 const PERF_FLAG_FD_CLOEXEC: libc::c_long = 8;
 
 /// Placed probes. The kernel takes their breakpoints away when the last descriptor of the link is
@@ -232,19 +228,6 @@ pub fn attach_tracepoint(program: BorrowedFd<'_>, id: u64) -> io::Result<Link> {
         PerfEventAttr { kind: PERF_TYPE_TRACEPOINT, config: id, ..PerfEventAttr::every_hit() };
     // SAFETY: `attr` holds no pointers.
     link(program, unsafe { open(&attr, None, FIRST_CPU) }?, 0)
-}
-
-/// Runs `program` at every page fault of one CPU, whoever has it.
-pub fn attach_page_faults(program: BorrowedFd<'_>, cpu: u32) -> io::Result<Link> {
-    let attr = PerfEventAttr {
-        kind: PERF_TYPE_SOFTWARE,
-        config: PERF_COUNT_SW_PAGE_FAULTS,
-        sample_type: PERF_SAMPLE_ADDR,
-        ..PerfEventAttr::every_hit()
-    };
-    let cpu = i64::from(cpu);
-    // SAFETY: `attr` holds no pointers.
-    link(program, unsafe { open(&attr, None, cpu) }?, 0)
 }
 
 /// A system-wide probe or tracepoint belongs to one CPU, but its program runs on all.

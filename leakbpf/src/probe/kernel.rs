@@ -12,7 +12,9 @@ use std::{
 use aya::{
     Btf, Ebpf, include_bytes_aligned,
     maps::{Map, MapData, PerCpuArray, RingBuf},
-    programs::{FEntry, FExit, PerfEvent, TracePoint, UProbe},
+    programs::{
+        FEntry, FExit, RawTracePoint, TracePoint, UProbe, raw_trace_point::RawTracePointLink,
+    },
 };
 use leakbpf_common::{
     abi::{
@@ -24,7 +26,7 @@ use leakbpf_common::{
 
 use super::{
     attach::{
-        Link, Site, Use, attach, attach_multi, attach_page_faults, attach_tracepoint,
+        Link, Site, Use, attach, attach_multi, attach_tracepoint,
         multi_has_calls, multi_is_by_process,
     },
     fdinfo,
@@ -141,7 +143,8 @@ const PROCESS_TRACEPOINTS: [(&str, &str); 3] = [
     ("task_new", "task/task_newtask"),
 ];
 
-const PAGE_FAULT: &str = "page_fault";
+/// Programs on page faults, with their tracepoints (`exceptions`).
+const PAGE_FAULTS: [&str; 2] = ["page_fault_user", "page_fault_kernel"];
 
 /// How anonymous mappings are seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -157,7 +160,6 @@ pub enum MappingEvents {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Counts {
     pub losses: [u64; Loss::ALL.len()],
-    pub pages_touched: u64,
     pub unknown_frees: u64,
     pub abandoned_calls: u64,
     /// Stacks walked, by [`Outcome`].
@@ -196,7 +198,7 @@ pub struct Kernel {
     counts: PerCpuArray<MapData, u64>,
     costs: PerCpuArray<MapData, CostEntry>,
     tracepoints: Vec<Link>,
-    page_faults: Vec<Link>,
+    page_faults: Vec<RawTracePointLink>,
 }
 
 fn load_error(error: impl std::error::Error) -> KernelError {
@@ -261,7 +263,9 @@ impl Kernel {
         };
         let failed = |program| move |error| KernelError::Program { program, reason: chain(&error) };
         if settings.pages.is_some() {
-            kernel.program::<PerfEvent>(PAGE_FAULT)?.load().map_err(failed(PAGE_FAULT))?;
+            for name in PAGE_FAULTS {
+                kernel.program::<RawTracePoint>(name)?.load().map_err(failed(name))?;
+            }
         }
         if !settings.probes {
             return Ok(kernel);
@@ -314,23 +318,18 @@ impl Kernel {
         PROCESS_TRACEPOINTS.into_iter().try_for_each(|event| self.attach_tracepoint(event))
     }
 
-    /// Attaches what tells of page faults, to each of these CPUs.
-    pub fn attach_page_faults(&mut self, cpus: &[u32]) -> Result<(), KernelError> {
-        let program: &mut PerfEvent = self.program(PAGE_FAULT)?;
-        let failed = |place: String| {
-            move |reason: String| KernelError::Attach { program: PAGE_FAULT, place, reason }
-        };
-        let anywhere = || failed("page faults".to_owned());
-        let fd = program.fd().map_err(|error| anywhere()(chain(&error)))?;
-        let links = cpus.iter().map(|&cpu| {
-            let failed = failed(format!("the page faults of CPU {cpu}"));
-            attach_page_faults(fd.as_fd(), cpu).map_err(|error| failed(error.to_string()))
-        });
-        let links = links.collect::<Result<Vec<_>, _>>()?;
-        if links.is_empty() {
-            return Err(anywhere()("no CPU is known to be online".to_owned()));
+    /// Attaches what tells of page faults.
+    pub fn attach_page_faults(&mut self) -> Result<(), KernelError> {
+        for name in PAGE_FAULTS {
+            let failed = |error| KernelError::Attach {
+                program: name,
+                place: format!("exceptions:{name}"),
+                reason: chain(&error),
+            };
+            let program: &mut RawTracePoint = self.program(name)?;
+            let link = program.attach(name).and_then(|id| program.take_link(id)).map_err(failed)?;
+            self.page_faults.push(link);
         }
-        self.page_faults = links;
         Ok(())
     }
 
@@ -491,7 +490,7 @@ impl Kernel {
         self.control.set(&0, control).map_err(|source| KernelError::Map { map: "CONTROL", source })
     }
 
-    /// What the programs at allocator functions have cost so far.
+    /// What the programs have cost the processes so far.
     pub fn cost(&self) -> Result<Cost, KernelError> {
         let values = self
             .costs
@@ -501,9 +500,14 @@ impl Kernel {
         for CostEntry(cost) in values.iter() {
             sum.optional_returns += cost.optional_returns;
             sum.returns_let_go += cost.returns_let_go;
-            sum.hits += cost.hits;
-            sum.timed += cost.timed;
-            sum.timed_ns += cost.timed_ns;
+            sum.faults += cost.faults;
+            for (sum, runs) in
+                [(&mut sum.hits, &cost.hits), (&mut sum.touches, &cost.touches)]
+            {
+                sum.count += runs.count;
+                sum.timed += runs.timed;
+                sum.timed_ns += runs.timed_ns;
+            }
         }
         Ok(sum)
     }
@@ -517,7 +521,6 @@ impl Kernel {
             Ok(values.iter().sum())
         };
         let mut counts = Counts {
-            pages_touched: sum(Tally::PagesTouched as u32)?,
             unknown_frees: sum(Tally::UnknownFrees as u32)?,
             abandoned_calls: sum(Tally::AbandonedCalls as u32)?,
             ..Counts::default()

@@ -47,22 +47,6 @@ pub fn observe() -> HostFacts {
     }
 }
 
-/// Numbers of the CPUs that are online.
-pub fn online_cpus() -> Vec<u32> {
-    line("/sys/devices/system/cpu/online").map(|text| cpu_list(&text)).unwrap_or_default()
-}
-
-/// `0-3,5`: as the kernel lists CPUs.
-fn cpu_list(text: &str) -> Vec<u32> {
-    /// `NR_CPUS` is at most 8192.
-    const MOST: u32 = 1 << 16;
-    let ranges = text.trim().split(',').filter_map(|part| {
-        let (first, last) = part.split_once('-').unwrap_or((part, part));
-        Some(first.parse().ok()?..=last.parse::<u32>().ok()?.min(MOST))
-    });
-    ranges.flatten().collect()
-}
-
 /// Whether the kernel maps huge pages wherever it can.
 pub fn maps_huge_pages_unasked() -> bool {
     line("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -192,14 +176,6 @@ pub fn name() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_kernels_list_of_cpus_is_read() {
-        assert_eq!(cpu_list("0-2,5,7-7\n"), [0, 1, 2, 5, 7]);
-        assert_eq!(cpu_list("0"), [0]);
-        assert!(cpu_list("").is_empty() && cpu_list("x-y,3-1").is_empty());
-        assert!(!online_cpus().is_empty());
-    }
 
     #[test]
     fn this_machine_is_described() {

@@ -2,8 +2,6 @@
 
 use std::time::Duration;
 
-use leakbpf_common::abi::Cost;
-
 use super::{
     SessionError, budget::Reading, calibration, clock::monotonic_ns, config::Method, watch::Watch,
 };
@@ -12,7 +10,6 @@ use crate::{process::cpu_time, profile};
 /// A page fault that is looked at costs about 0.4 of a trap, and another whole one when its page is
 /// chosen, its stack included: docs/overhead.md has the measurement.
 const FAULT_IN_TRAPS: f64 = 0.4;
-const CHOSEN_FAULT_IN_TRAPS: f64 = 1.0;
 
 /// What a hit costs beyond its trap and its program, as a share of those: what they push out of the
 /// caches. Measured on a program whose blocks are few: docs/overhead.md.
@@ -67,17 +64,18 @@ impl Meter {
             self.trapped += cost.returns_let_go.saturating_sub(self.let_go);
         }
         self.let_go = cost.returns_let_go;
-        let program = program_ns(&cost).unwrap_or_default();
-        let on_hits = cost.hits as f64 * (trap + program) + self.trapped as f64 * trap;
+        let program = cost.hits.mean_ns().unwrap_or_default();
+        let on_hits = cost.hits.count as f64 * (trap + program) + self.trapped as f64 * trap;
         Ok(on_hits * (1.0 + BEYOND))
     }
 
     fn spent_on_faults_ns(&self, watch: &Watch) -> Result<f64, SessionError> {
         let Some(one_in) = self.page_interval else { return Ok(0.0) };
-        let chosen = watch.kernel.counts()?.pages_touched as f64;
-        let faults = chosen * f64::from(one_in);
+        let cost = watch.kernel.cost()?;
+        let faults = cost.faults as f64 * f64::from(one_in);
+        let touch = cost.touches.mean_ns().unwrap_or_default();
         let trap = self.trap.as_nanos() as f64;
-        Ok((faults * FAULT_IN_TRAPS + chosen * CHOSEN_FAULT_IN_TRAPS) * trap)
+        Ok((faults * FAULT_IN_TRAPS * trap + cost.touches.count as f64 * touch) * (1.0 + BEYOND))
     }
 
     /// What would be left of the cost up to `now` if blocks were sampled; none when that would not spare much.
@@ -92,9 +90,9 @@ impl Meter {
         }
         let trap = self.trap.as_nanos() as f64;
         let cost = watch.kernel.cost().ok()?;
-        let program = program_ns(&cost)?;
+        let program = cost.hits.mean_ns()?;
         let gone = cost.optional_returns as f64;
-        let left = cost.hits as f64 - gone;
+        let left = cost.hits.count as f64 - gone;
         let of_return = if watch.probes_side_by_side() { program } else { program + trap };
         let spared = (program - trap * UNCHOSEN_IN_TRAPS) * left + of_return * gone;
         let spared = spared * (1.0 + BEYOND);
@@ -112,17 +110,12 @@ impl Meter {
         Ok(profile::Cost {
             limit_ppm: method.limit().map(|limit| limit.ppm),
             target_cpu_ns: reading.target_cpu_ns,
-            hits: watch.kernel.cost()?.hits,
+            hits: watch.kernel.cost()?.hits.count,
             spent_ns: reading.spent_ns,
             agent_cpu_ns: nanoseconds(agent_cpu),
             agent_peak_rss_bytes,
         })
     }
-}
-
-/// What a program takes, on average.
-fn program_ns(cost: &Cost) -> Option<f64> {
-    (cost.timed > 0).then(|| cost.timed_ns as f64 / cost.timed as f64)
 }
 
 fn nanoseconds(time: Duration) -> u64 {

@@ -135,7 +135,7 @@ pub async fn run(config: &Config) -> Result<u8, SessionError> {
         Method::Pages { .. } | Method::Windows { .. } => None,
     };
     if let Some(one_in) = config.method.page_interval() {
-        kernel.attach_page_faults(&host::online_cpus())?;
+        kernel.attach_page_faults()?;
         if one_in > 1 && host::maps_huge_pages_unasked() {
             eprintln!(
                 "leakbpf: this machine uses huge pages wherever it can, so there are few page \

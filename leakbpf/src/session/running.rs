@@ -142,7 +142,8 @@ impl<'a> Session<'a> {
                 }
                 _ = progress_tick.tick(), if progress.shown() => {
                     let counts = self.watch.kernel.counts()?;
-                    let hits = self.watch.kernel.cost()?.hits + counts.pages_touched;
+                    let cost = self.watch.kernel.cost()?;
+                    let hits = cost.hits.count + cost.touches.count;
                     progress.show(Duration::from_nanos(monotonic_ns().saturating_sub(self.watch.began_ns)), self.live_bytes()?, hits, &counts);
                 }
                 // Last: whoever fills the ring buffer faster than it is read must not keep the
