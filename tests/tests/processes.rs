@@ -4,7 +4,8 @@ use std::os::unix::fs::PermissionsExt;
 
 use leakbpf_tests::{
     Allocator, Frame, Leakbpf, Site, Target, assert_exact, assert_exact_with_oracle,
-    assert_heap_equals, c_program, links_of, wait_until_more_links, wait_until_probed,
+    assert_heap_equals, c_program, heap_difference, links_of, wait_until_more_links,
+    wait_until_probed,
 };
 
 /// The agent says so once the probes hang on another thread.
@@ -26,6 +27,40 @@ fn a_forked_child_has_books_of_its_own() {
     assert!(childs.blocks.len() >= 10);
     assert_heap_equals(&profile, child, &childs, attached_ns);
     assert!(profile.processes.iter().any(|process| process.pid == child));
+}
+
+/// While the probes of many that have ended are taken away, which takes its time, a child gets none; but then.
+#[test]
+fn a_child_that_had_to_wait_for_its_probes_gets_them() {
+    let mut target = Target::start(&c_program("processes", Allocator::Glibc));
+    let session = Leakbpf::record().pid(target.pid()).argument("--links=single").start();
+    let of_one = links_of(session.pid(), "perf");
+    target.run("hold");
+    let others: Vec<u32> = (0..3).map(|_| child_of(&target.run("fork_at_once 100"))).collect();
+    wait_until_more_links(session.pid(), "perf", of_one);
+    let of_all = links_of(session.pid(), "perf");
+    for child in others {
+        // SAFETY: of a process that this test's target has started, and not waited for.
+        assert_eq!(unsafe { libc::kill(child as i32, libc::SIGKILL) }, 0);
+    }
+    while links_of(session.pid(), "perf") == of_all {
+        std::thread::yield_now();
+    }
+    let child = child_of(&target.run("fork"));
+    // Until those of the others are gone.
+    wait_until_more_links(session.pid(), "perf", of_one);
+    target.run("go_on");
+    let childs = target.books_of(child);
+    let profile = session.stop();
+    let mut events = profile.events.iter();
+    assert!(
+        events.any(|event| event.text.contains("has to wait for its probes")),
+        "{:?}",
+        profile.events
+    );
+    assert!(childs.blocks.len() >= 10);
+    let difference = heap_difference(&profile, child, &childs, 0, false);
+    assert!(difference.is_empty(), "{difference}");
 }
 
 #[test]

@@ -26,8 +26,8 @@ use leakbpf_common::{
 
 use super::{
     attach::{
-        Link, Site, Use, attach, attach_multi, attach_tracepoint,
-        multi_has_calls, multi_is_by_process,
+        Link, Site, Use, attach, attach_multi, attach_tracepoint, multi_has_calls,
+        multi_is_by_process,
     },
     fdinfo,
     program::{ProgramError, Programs},
@@ -501,9 +501,7 @@ impl Kernel {
             sum.optional_returns += cost.optional_returns;
             sum.returns_let_go += cost.returns_let_go;
             sum.faults += cost.faults;
-            for (sum, runs) in
-                [(&mut sum.hits, &cost.hits), (&mut sum.touches, &cost.touches)]
-            {
+            for (sum, runs) in [(&mut sum.hits, &cost.hits), (&mut sum.touches, &cost.touches)] {
                 sum.count += runs.count;
                 sum.timed += runs.timed;
                 sum.timed_ns += runs.timed_ns;

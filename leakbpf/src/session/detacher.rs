@@ -15,6 +15,7 @@ pub struct Detacher {
 }
 
 impl Detacher {
+    /// How often something is still to be closed: links that close at the same time count once.
     pub fn pending(&self) -> usize {
         self.pending.load(Ordering::Acquire)
     }
@@ -23,15 +24,16 @@ impl Detacher {
         if links.is_empty() {
             return;
         }
-        self.pending.fetch_add(links.len(), Ordering::AcqRel);
+        let batches = batches(links);
+        self.pending.fetch_add(batches.len(), Ordering::AcqRel);
         if self.thread.is_none() {
             self.thread = start(Arc::clone(&self.pending)).ok();
         }
         match &self.thread {
             // It receives until it is dropped.
-            Some((sender, _)) => drop(sender.send(links)),
+            Some((sender, _)) => drop(sender.send(batches)),
             // The machine has no thread to give: then it takes its time here.
-            None => take_away(links, &self.pending),
+            None => take_away(batches, &self.pending),
         }
     }
 }
@@ -46,19 +48,24 @@ impl Drop for Detacher {
     }
 }
 
-type Thread = (std::sync::mpsc::Sender<Vec<Link>>, std::thread::JoinHandle<()>);
+/// Links that are closed at the same time.
+type Batch = Vec<Link>;
+
+type Thread = (std::sync::mpsc::Sender<Vec<Batch>>, std::thread::JoinHandle<()>);
 
 fn start(pending: Arc<AtomicUsize>) -> std::io::Result<Thread> {
-    let (sender, receiver) = std::sync::mpsc::channel::<Vec<Link>>();
-    let work = move || receiver.into_iter().for_each(|links| take_away(links, &pending));
+    let (sender, receiver) = std::sync::mpsc::channel::<Vec<Batch>>();
+    let work = move || receiver.into_iter().for_each(|batches| take_away(batches, &pending));
     Ok((sender, std::thread::Builder::new().name("detacher".to_owned()).spawn(work)?))
 }
 
-/// Links that are closed at the same time.
+/// Most links of a batch.
 const AT_ONCE: usize = 16;
 
-/// What was placed last goes first: without its beginning, a return counts nothing.
-fn take_away(mut links: Vec<Link>, pending: &AtomicUsize) {
+/// In the order in which they are closed. What was placed last goes first: without its beginning, a return
+/// counts nothing.
+fn batches(mut links: Vec<Link>) -> Vec<Batch> {
+    let mut batches = Vec::new();
     while let Some(last) = links.pop() {
         let mut batch = vec![last];
         while batch[0].closes_with_others() && batch.len() < AT_ONCE {
@@ -67,13 +74,19 @@ fn take_away(mut links: Vec<Link>, pending: &AtomicUsize) {
                 None => break,
             }
         }
-        let count = batch.len();
+        batches.push(batch);
+    }
+    batches
+}
+
+fn take_away(batches: Vec<Batch>, pending: &AtomicUsize) {
+    for batch in batches {
         close(batch);
-        pending.fetch_sub(count, Ordering::AcqRel);
+        pending.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
-fn close(links: Vec<Link>) {
+fn close(links: Batch) {
     if links.len() == 1 {
         return drop(links);
     }

@@ -100,7 +100,7 @@ impl<'a> Session<'a> {
         let mut look = tokio::time::interval(LOOK_AT_FRESH_PAGES);
         let deadline = self.config.duration.map(|duration| Instant::now() + duration);
         loop {
-            let headless_due = self.watch.headless_due();
+            let watch_due = self.watch.due();
             let control_due = self.control.due();
             tokio::select! {
                 biased;
@@ -128,7 +128,7 @@ impl<'a> Session<'a> {
                     }
                     self.fold(fold::KEPT_WHOLE)?;
                 }
-                () = until(headless_due) => self.watch.attend_headless(),
+                () = until(watch_due) => self.watch.attend(),
                 _ = interval.tick() => {
                     self.drain();
                     progress.clear();

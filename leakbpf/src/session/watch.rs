@@ -77,6 +77,8 @@ pub struct Watch {
     changed: HashSet<Owner>,
     /// Lives whose probes hung on a thread that has ended, and since when.
     headless: Vec<(Owner, Instant)>,
+    /// Lives that got no probes because too many links wait to be closed, and when it was last looked.
+    unprobed: Vec<(Owner, Instant)>,
     plans: Plans,
     /// By process id; system-wide probes are under 0.
     placed: HashMap<u32, Placed>,
@@ -122,6 +124,7 @@ impl Watch {
             unwinding: Arc::new(unwinding),
             changed: HashSet::new(),
             headless: Vec::new(),
+            unprobed: Vec::new(),
             plans,
             placed: HashMap::new(),
             probing: scope.probes,

@@ -1,6 +1,6 @@
-//! Two servers of a kind that take turns under the same load, half a second each: one is watched, its
-//! twin is not. So whatever the machine does meets both, and what the watched one takes more for a unit
-//! is what leakbpf costs, beyond what the two differ by themselves.
+//! Two servers of a kind under the same load at the same time, on one processor: one is watched, its twin
+//! is not. So whatever the machine does meets both within milliseconds, and what the watched one takes more
+//! for a unit is what leakbpf costs, beyond what the two differ by themselves.
 //!
 //! `cargo xtask bench twins` measures that over sessions under full load, between times as long in which
 //! nobody watches.
@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use super::agent::{Agent, Tracer};
@@ -18,7 +18,7 @@ use super::program;
 use super::table::{Samples, Table, figure, signed};
 use super::workloads::{Running, Workload};
 
-/// In each of them both twins have their turn: shorter than what the machine's speed drifts in.
+/// A share of each is load.
 const CYCLE: Duration = Duration::from_secs(1);
 
 /// What one of the twins did and took.
@@ -56,8 +56,6 @@ pub struct Pair {
     name: &'static str,
     watched: Running,
     other: Running,
-    /// Which of the two is the first in the next cycle.
-    turn: bool,
 }
 
 impl Pair {
@@ -66,7 +64,6 @@ impl Pair {
             name: workload.name,
             watched: Running::start(workload, &Default::default())?,
             other: Running::start(workload, &Default::default())?,
-            turn: true,
         })
     }
 
@@ -74,22 +71,20 @@ impl Pair {
     pub fn run(&mut self, (share, kind): (f64, usize), span: Duration) -> Result<Twins> {
         self.watched.choose(kind);
         self.other.choose(kind);
-        let burst = CYCLE.mul_f64(share / 2.0);
+        let burst = CYCLE.mul_f64(share);
         let before = (self.watched.cpu_seconds()?, self.other.cpu_seconds()?);
         let mut twins = Twins::default();
         let begin = Instant::now();
         let mut cycles = 0;
         while begin.elapsed() < span {
             if !burst.is_zero() {
-                for watched in [self.turn, !self.turn] {
-                    let (running, sum) = if watched {
-                        (&mut self.watched, &mut twins.watched)
-                    } else {
-                        (&mut self.other, &mut twins.other)
-                    };
-                    sum.units += running.measure(burst)?.units;
-                }
-                self.turn = !self.turn;
+                let (watched, other) = thread::scope(|scope| {
+                    let other = scope.spawn(|| self.other.measure(burst));
+                    (self.watched.measure(burst), other.join())
+                });
+                let Ok(other) = other else { bail!("the loader panicked") };
+                twins.watched.units += watched?.units;
+                twins.other.units += other?.units;
             }
             cycles += 1;
             thread::sleep((CYCLE * cycles).saturating_sub(begin.elapsed()));

@@ -1,6 +1,6 @@
 //! Following the watched processes: through fork, exec, `dlopen` and exit.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use leakbpf_common::abi::{
     ExecRecord, ForkRecord, LibrariesRecord, Owner, UnmappedRecord, process_flags,
@@ -21,6 +21,7 @@ pub(super) const LATE_CHILDREN_LISTED: u64 = 10;
 
 /// How a child was seen late.
 const ALLOCATED_EARLY: &str = "may have used its allocator before its probes were in place";
+const PROBES_WAIT: &str = "has to wait for its probes: too many children come and go";
 
 impl Watch {
     /// A process id that begins a new life has ended its former one, whether or not that was seen.
@@ -64,7 +65,8 @@ impl Watch {
             Untouched::of(pid, placed, &maps, closing, || maps_of(&self.kernel, fork.child))
         });
         if self.detacher.pending() > MAX_DETACHING {
-            self.seen_late(pid, "got no probes: too many children come and go");
+            self.seen_late(pid, PROBES_WAIT);
+            self.unprobed.push((fork.child, Instant::now()));
             return;
         }
         let is_known = match (self.place(pid, &maps), untouched, self.placed.get(&pid.0)) {
@@ -112,7 +114,8 @@ impl Watch {
         let identity = Identity::of(pid).unwrap_or_else(|_| gone(pid, former));
         self.add_life(exec.head.owner, identity, maps.clone(), None, CpuTime::since(used));
         if self.detacher.pending() > MAX_DETACHING && !self.placed.contains_key(&pid.0) {
-            self.seen_late(pid, "got no probes: too many children come and go");
+            self.seen_late(pid, PROBES_WAIT);
+            self.unprobed.push((exec.head.owner, Instant::now()));
             return;
         }
         if self.probes_hang_on_threads() && !self.placed.contains_key(&pid.0) {

@@ -23,13 +23,16 @@ use crate::{
     },
 };
 
-/// Links that may be waiting to be closed before children that come get none. The kernel takes some
-/// 70 ms for each of a perf event, one after the other, and making one waits for the same lock.
+/// What may be waiting to be closed before children that come have to wait. The kernel takes some 70 ms for
+/// each link of a perf event, one after the other, and making one waits for the same lock.
 pub(super) const MAX_DETACHING: usize = 32;
 
 /// When the thread that a process's probes hang on has ended, its others have so long to
 /// follow: most often the process is about to end.
 const OTHERS_FOLLOW: Duration = Duration::from_millis(100);
+
+/// How often it is looked whether processes can get their probes that had to wait.
+const LOOK_FOR_ROOM: Duration = Duration::from_millis(50);
 
 /// A process that was taken in.
 pub struct Attached {
@@ -137,13 +140,43 @@ impl Watch {
         !self.scope.shared_probes && self.probing
     }
 
-    /// When [`Self::attend_headless`] has something to do.
-    pub fn headless_due(&self) -> Option<Instant> {
-        self.headless.iter().map(|(_, since)| *since + OTHERS_FOLLOW).min()
+    /// When [`Self::attend`] has something to do.
+    pub fn due(&self) -> Option<Instant> {
+        let headless = self.headless.iter().map(|(_, since)| *since + OTHERS_FOLLOW).min();
+        let unprobed = self.unprobed.iter().map(|(_, since)| *since + LOOK_FOR_ROOM).min();
+        headless.into_iter().chain(unprobed).min()
     }
 
-    /// Looks after the processes whose probes hung on a thread that has ended.
-    pub fn attend_headless(&mut self) {
+    /// Looks after the processes that have no probes, or soon will have none that work.
+    pub fn attend(&mut self) {
+        self.attend_headless();
+        self.attend_unprobed();
+    }
+
+    /// Those that had to wait for theirs.
+    fn attend_unprobed(&mut self) {
+        let now = Instant::now();
+        for (owner, since) in std::mem::take(&mut self.unprobed) {
+            if since + LOOK_FOR_ROOM > now {
+                self.unprobed.push((owner, since));
+                continue;
+            }
+            if self.detacher.pending() > MAX_DETACHING {
+                self.unprobed.push((owner, now));
+                continue;
+            }
+            let Some(life) = self.life_of(owner).map(|id| &self.lives[id.0]) else { continue };
+            let pid = life.pid();
+            if life.ended() || self.placed.contains_key(&pid.0) {
+                continue;
+            }
+            let maps = maps_of(&self.kernel, owner);
+            let _ = self.place(pid, &maps);
+        }
+    }
+
+    /// Those whose probes hung on a thread that has ended.
+    fn attend_headless(&mut self) {
         let now = Instant::now();
         let (due, waiting) = std::mem::take(&mut self.headless)
             .into_iter()
@@ -193,6 +226,7 @@ impl Watch {
     pub fn take_all_away(&mut self) {
         self.probing = false;
         self.headless.clear();
+        self.unprobed.clear();
         self.detach();
     }
 
