@@ -68,7 +68,7 @@ fn a_busy_process_pays_no_more_than_the_limit_and_its_leak_is_named() {
     let mut target = service();
     let untraced = served(&target.run("serve 3000 0 0"));
     let session = watch(&target, &["--mode", "auto", "--max-overhead", "2%"]);
-    let traced = served(&target.run("serve 20000 1024 0"));
+    let traced = served(&target.run("serve 40000 1024 0"));
     let profile = session.stop();
 
     assert_eq!(profile.mode, "windows", "{:?}", profile.events);
