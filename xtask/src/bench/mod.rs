@@ -97,8 +97,8 @@ enum Question {
         #[arg(long, default_value_t = 5, value_name = "N")]
         rounds: u32,
         /// Length of each, and of the times between them
-        #[arg(long, default_value_t = 1, value_name = "N")]
-        minutes: u32,
+        #[arg(long, default_value_t = 60, value_name = "N")]
+        seconds: u32,
     },
     /// Whether the budget holds for long, under a load that changes every minute
     Soak {
@@ -238,10 +238,10 @@ fn answer(question: &Question) -> Result<()> {
             let workloads = choice.workloads(&[Kind::Server]);
             ("leak", choice.is_whole(), leak::run(&workloads, mode, span, *rate, further)?)
         }
-        Question::Twins { choice, flags, rounds, minutes } => {
+        Question::Twins { choice, flags, rounds, seconds } => {
             let workloads = choice.workloads(&[Kind::Server]);
             let arguments = flags.arguments("auto");
-            ("twins", choice.is_whole(), twins::run(&workloads, *rounds, *minutes, &arguments)?)
+            ("twins", choice.is_whole(), twins::run(&workloads, *rounds, *seconds, &arguments)?)
         }
         Question::Soak { only, flags, minutes, unwatched, dry_run } => {
             let arguments = flags.arguments("auto");

@@ -131,10 +131,10 @@ pub fn more(twins: &Twins, unwatched: &Twins) -> Option<f64> {
 pub fn run(
     workloads: &[&'static Workload],
     rounds: u32,
-    minutes: u32,
+    seconds: u32,
     arguments: &[String],
 ) -> Result<String> {
-    ensure!(rounds > 0 && minutes > 0, "at least one round of one minute");
+    ensure!(rounds > 0 && seconds > 0, "at least one round of one second");
     let mut table = Table::new(&[
         "",
         "µs CPU a unit, not watched",
@@ -148,10 +148,10 @@ pub fn run(
         "modes at the end",
     ]);
     for workload in workloads {
-        table.row(workload.title, &row(workload, rounds, minutes, arguments)?);
+        table.row(workload.title, &row(workload, rounds, seconds, arguments)?);
     }
     Ok(format!(
-        "`leakbpf record {}`, {rounds} sessions of {minutes} min, and as long with nobody watching before, \
+        "`leakbpf record {}`, {rounds} sessions of {seconds} s, and as long with nobody watching before, \
          between and after them:\n\n{}",
         arguments.join(" "),
         table.text()
@@ -161,12 +161,11 @@ pub fn run(
 fn row(
     workload: &Workload,
     rounds: u32,
-    minutes: u32,
+    seconds: u32,
     arguments: &[String],
 ) -> Result<Vec<String>> {
     const FULL: (f64, usize) = (1.0, 0);
-    const MINUTE: Duration = Duration::from_secs(60);
-    let span = MINUTE * minutes;
+    let span = Duration::from_secs(seconds.into());
     let mut pair = Pair::start(workload)?;
     let (mut cost, mut estimates, mut modes) = (Samples::default(), Samples::default(), Vec::new());
     let mut other = Sum::default();
