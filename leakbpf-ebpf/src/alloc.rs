@@ -255,7 +255,9 @@ fn settle(ended: impl FnOnce() -> Option<Ended>) -> Option<()> {
     let process = processes::watched((pid_tgid >> 32) as u32)?;
     let mut books = KernelBooks::new(sampling);
     let birth = ledger::leave(thread, &mut books, stack_pointer, result)?;
-    let captured = stack::capture(process.owner, process.library_epoch, &registers);
+    // Who looks at page faults comes for the records by itself.
+    let haste = settings::get(&settings::EVENT_FLAGS) == 0;
+    let captured = stack::capture(process.owner, process.library_epoch, &registers, haste);
     books.remember(&captured);
     // SAFETY: the helper has no preconditions.
     ledger::born(&mut books, &birth, captured.stack, unsafe { bpf_ktime_get_ns() });

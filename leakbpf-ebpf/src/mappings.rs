@@ -194,7 +194,7 @@ fn map_ends(regs: *const pt_regs, result: i64) -> Option<()> {
         return None;
     }
     let stack = if regs.r10 & MAP_ANONYMOUS != 0 {
-        stack::capture(process.owner, process.library_epoch, &registers(&regs)).stack
+        stack::capture(process.owner, process.library_epoch, &registers(&regs), true).stack
     } else {
         StackId::LOST
     };
@@ -274,7 +274,7 @@ fn remap_ends(regs: *const pt_regs, result: i64) -> Option<()> {
     let stack = if failed(result) {
         StackId::LOST
     } else {
-        stack::capture(process.owner, process.library_epoch, &registers(&regs)).stack
+        stack::capture(process.owner, process.library_epoch, &registers(&regs), true).stack
     };
     report(
         pid_tgid,
@@ -296,7 +296,7 @@ fn remap_ends(regs: *const pt_regs, result: i64) -> Option<()> {
 fn break_ends(regs: *const pt_regs, result: i64) -> Option<()> {
     let (pid_tgid, process) = interested()?;
     let regs = user_registers(regs)?;
-    let stack = stack::capture(process.owner, process.library_epoch, &registers(&regs)).stack;
+    let stack = stack::capture(process.owner, process.library_epoch, &registers(&regs), true).stack;
     report(
         pid_tgid,
         &process,

@@ -1,7 +1,7 @@
 //! Every map, and the settings that the agent writes before loading.
 
 use aya_ebpf::{
-    bindings::BPF_F_NO_PREALLOC,
+    bindings::{BPF_F_NO_PREALLOC, BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
     btf_maps::{Array as BtfArray, ArrayOfMaps},
     macros::{btf_map, map},
     maps::{Array, HashMap, PerCpuArray, RingBuf},
@@ -238,6 +238,20 @@ pub fn lost(loss: Loss) {
 #[inline(always)]
 pub fn tally(tally: Tally) {
     count(tally as u32);
+}
+
+/// In the ring buffer, of which it is a quarter, from which on the agent is woken.
+const UNREAD_MAX_BYTES: u64 = 1 << 20;
+
+/// Flags of a record for which the agent need not be woken.
+#[inline(always)]
+pub fn without_haste() -> u64 {
+    let waiting_bytes = RECORDS.query(BPF_RB_AVAIL_DATA.into());
+    if waiting_bytes < UNREAD_MAX_BYTES {
+        BPF_RB_NO_WAKEUP.into()
+    } else {
+        BPF_RB_FORCE_WAKEUP.into()
+    }
 }
 
 /// Whether the session counts at this moment.

@@ -6,9 +6,7 @@
 //! code, files, a runtime's safepoints.
 
 use aya_ebpf::{
-    bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, pt_regs},
-    helpers::bpf_get_current_pid_tgid,
-    macros::raw_tracepoint,
+    bindings::pt_regs, helpers::bpf_get_current_pid_tgid, macros::raw_tracepoint,
     programs::RawTracePointContext,
 };
 use leakbpf_common::{
@@ -21,9 +19,6 @@ use crate::{
     maps::{self, RECORDS, settings},
     meter, processes, stack,
 };
-
-/// In the ring buffer, of which it is a quarter, from which on the agent is woken.
-const UNREAD_MAX_BYTES: u64 = 1 << 20;
 
 /// Bit of a page fault's error code (arch/x86/include/asm/trap_pf.h, `X86_PF_WRITE`).
 const WRITE: u64 = 1 << 1;
@@ -64,15 +59,12 @@ fn fault(ctx: &RawTracePointContext, registers: impl Fn() -> *const pt_regs) -> 
     }
     meter::touch(|| {
         let registers = mappings::registers(&mappings::user_registers(registers())?);
-        let stack = stack::capture(process.owner, process.library_epoch, &registers).stack;
+        // The agent comes for the records by itself, a few times a second: waking it for each would
+        // cost more than all the rest.
+        let stack = stack::capture(process.owner, process.library_epoch, &registers, false).stack;
         let record =
             PageRecord { head: processes::head(RecordKind::Page, process.owner), address, stack };
-        // The agent comes for them by itself, a few times a second: waking it for each would cost
-        // more than all the rest.
-        let waiting_bytes = RECORDS.query(BPF_RB_AVAIL_DATA.into());
-        let flags =
-            if waiting_bytes < UNREAD_MAX_BYTES { BPF_RB_NO_WAKEUP } else { BPF_RB_FORCE_WAKEUP };
-        if RECORDS.output::<PageRecord>(&record, flags.into()).is_err() {
+        if RECORDS.output::<PageRecord>(&record, maps::without_haste()).is_err() {
             maps::lost(Loss::EventsDropped);
         }
         Some(())

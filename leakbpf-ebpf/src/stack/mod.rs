@@ -45,16 +45,17 @@ impl Captured {
 /// Captures the stack of the current thread and makes its site.
 ///
 /// Frames come from the module's unwind rows where the agent has loaded them, else from the chain
-/// of frame pointers; the first one is exact in either case.
+/// of frame pointers; the first one is exact in either case. Without `haste`, the agent is not woken for a
+/// new one.
 #[inline(always)]
-pub fn capture(owner: Owner, library_epoch: u32, registers: &Registers) -> Captured {
+pub fn capture(owner: Owner, library_epoch: u32, registers: &Registers, haste: bool) -> Captured {
     let Some(scratch) = claim() else {
         maps::lost(Loss::StacksLost);
         return Captured::LOST;
     };
     // SAFETY: `claim` returned a live map value that nobody else writes until it is given back.
     let scratch = unsafe { &mut *scratch };
-    let captured = walk(owner, library_epoch, registers, scratch);
+    let captured = walk(owner, library_epoch, registers, haste, scratch);
     // SAFETY: as above; volatile so that the store stays after the walk.
     unsafe { core::ptr::write_volatile(&raw mut scratch.busy, 0) };
     captured
@@ -87,6 +88,7 @@ fn walk(
     owner: Owner,
     library_epoch: u32,
     registers: &Registers,
+    haste: bool,
     scratch: &mut Scratch,
 ) -> Captured {
     let hash = mix(owner.0, 0);
@@ -119,7 +121,7 @@ fn walk(
         // Addresses are other code when libraries have come or gone.
         scratch.walk.hash = mix(scratch.walk.hash, u64::from(library_epoch));
     }
-    announce(owner, library_epoch, scratch)
+    announce(owner, library_epoch, haste, scratch)
 }
 
 /// The executable mappings of a process, where rows are used at all.
@@ -135,7 +137,7 @@ fn address_space(owner: Owner) -> Option<&'static AddressSpace> {
 
 /// Makes the site of a walked stack and sends its frames when it is new.
 #[inline(always)]
-fn announce(owner: Owner, library_epoch: u32, scratch: &mut Scratch) -> Captured {
+fn announce(owner: Owner, library_epoch: u32, haste: bool, scratch: &mut Scratch) -> Captured {
     let record = &mut scratch.record;
     let outcome = scratch.walk.outcome as u32;
     let count = (scratch.walk.count as usize).min(MAX_FRAMES);
@@ -175,8 +177,9 @@ fn announce(owner: Owner, library_epoch: u32, scratch: &mut Scratch) -> Captured
     let start = (&raw const *record).cast::<u8>();
     // SAFETY: `bytes` is at most the size of the record.
     let slice = unsafe { core::slice::from_raw_parts(start, bytes) };
+    let flags = if haste { 0 } else { maps::without_haste() };
     // When the ring buffer is full, the next hit of this site announces it.
-    if RECORDS.output::<[u8]>(slice, 0).is_ok() {
+    if RECORDS.output::<[u8]>(slice, flags).is_ok() {
         // SAFETY: the field of a live map value.
         unsafe { core::ptr::write_volatile(&raw mut (*site).announced, 1) };
     }

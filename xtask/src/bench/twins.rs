@@ -18,8 +18,8 @@ use super::program;
 use super::table::{Samples, Table, figure, signed};
 use super::workloads::{Running, Workload};
 
-/// A share of each is load.
-const CYCLE: Duration = Duration::from_secs(1);
+/// A share of each is load; connections stay for so long.
+const CYCLE: Duration = Duration::from_secs(10);
 
 /// What one of the twins did and took.
 #[derive(Debug, Clone, Copy, Default)]
