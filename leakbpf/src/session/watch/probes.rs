@@ -157,17 +157,17 @@ impl Watch {
     fn attend_unprobed(&mut self) {
         let now = Instant::now();
         for (owner, since) in std::mem::take(&mut self.unprobed) {
+            let Some(life) = self.life_of(owner).map(|id| &self.lives[id.0]) else { continue };
+            let pid = life.pid();
+            if life.ended() || self.placed.contains_key(&pid.0) {
+                continue;
+            }
             if since + LOOK_FOR_ROOM > now {
                 self.unprobed.push((owner, since));
                 continue;
             }
             if self.detacher.pending() > MAX_DETACHING {
                 self.unprobed.push((owner, now));
-                continue;
-            }
-            let Some(life) = self.life_of(owner).map(|id| &self.lives[id.0]) else { continue };
-            let pid = life.pid();
-            if life.ended() || self.placed.contains_key(&pid.0) {
                 continue;
             }
             let maps = maps_of(&self.kernel, owner);
